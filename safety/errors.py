@@ -1,0 +1,9 @@
+"""The one kind of error that is meant for the person at the keyboard."""
+
+
+class UserError(ValueError):
+    """Something a person can put right: a bad image, prompt, setting, flag or artifact.
+
+    The message is a whole sentence that says what is wrong and what to do. The page, the command line and the
+    library show it as it is; every other exception is a bug.
+    """

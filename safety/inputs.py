@@ -1,0 +1,95 @@
+"""The edge: images and prompts from strangers, checked before any model work."""
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from safety.errors import UserError
+
+MAX_PIXELS = 40_000_000  # a 21 kB PNG can decode to gigabytes: the header is read first
+MAX_BYTES = 32 * 2**20
+MAX_SIDE = 1536  # larger pictures are shrunk; every vision tower sees less than this
+MAX_CHARACTERS = 8_000
+
+
+def open_image(source: str | Path | Image.Image) -> Image.Image:
+    """Open a picture safely: first frame, EXIF rotation applied, RGB on white, at most MAX_SIDE pixels a side.
+
+    Args:
+        source: a path, or an already opened PIL image (checked for size alone).
+
+    Raises:
+        UserError: the file is missing, too large, not a picture, truncated, or has more than MAX_PIXELS pixels.
+    """
+    if isinstance(source, Image.Image):
+        return _finish(source, "The image")
+    path = Path(source)
+    name = f"The image {path.name!r}"
+    if not path.is_file():
+        raise UserError(f"{name} was not found. Give the path of a PNG, JPEG, WebP, BMP, TIFF or GIF file.")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{name} is larger than {MAX_BYTES // 2**20} MiB. Use a smaller file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"))
+        with image:
+            return _finish(image, name)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(_too_many_pixels(name)) from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} could not be read as a picture: it is damaged or of another type. "
+                        "Use a complete PNG, JPEG, WebP, BMP, TIFF or GIF file.") from error
+
+
+def _too_many_pixels(name: str) -> str:
+    return f"{name} has more than {MAX_PIXELS // 1_000_000} million pixels. Scale it down first."
+
+
+def _finish(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(_too_many_pixels(name))
+    if min(image.size) < 1 or max(image.size) > 200 * min(image.size):
+        raise UserError(f"{name} is {image.width} x {image.height} pixels, too narrow to be seen. Use another picture.")
+    image.seek(0)
+    image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # JPEG only: decode at reduced size
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        # Convert() would clip 16-bit greys to white: scale them to eight bits instead.
+        brightest = image.getextrema()[1]
+        top = 65535.0 if image.mode.startswith("I;16") or brightest > 255 else 255.0
+        image = image.convert("F").point(lambda value: value * (255.0 / top)).convert("L")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    image = image.convert("RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
+
+
+def check_prompt(prompt: str, markers: list[str]) -> str:
+    """Return the prompt, stripped, or say what is wrong with it.
+
+    Args:
+        prompt: what a person typed.
+        markers: strings with a meaning of their own to the loaded model (image placeholders, chat-template tokens).
+
+    Raises:
+        UserError: the prompt is not text, empty, longer than MAX_CHARACTERS, or contains one of the markers.
+    """
+    if not isinstance(prompt, str):
+        raise UserError("The prompt must be text.")
+    if not prompt.strip():
+        raise UserError("The prompt is empty. Type a question or an instruction.")
+    if len(prompt) > MAX_CHARACTERS:
+        raise UserError(f"The prompt has {len(prompt):,} characters; at most {MAX_CHARACTERS:,} are allowed. "
+                        "Shorten it.")
+    for marker in markers:
+        if marker in prompt:
+            raise UserError(f"The prompt contains {marker!r}, which this model reads as a control marker. Remove it.")
+    return prompt.strip().encode("utf-8", "replace").decode("utf-8")

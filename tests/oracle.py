@@ -1,0 +1,107 @@
+"""The methods, slow and obvious: no cache, no batch, one whole forward pass (or two) per token, one lane at a time."""
+
+import torch
+from torch import Tensor
+
+from safety.artifacts import Artifacts
+from safety.defenses.revision import delta
+from safety.lvlm import LVLM
+from safety.settings import Lane
+
+
+class Oracle:
+    """Answers one prompt in one lane. After `run`: `tokens`, `checks` [(index, probability)], `gate`, `harm`."""
+
+    def __init__(self, lvlm: LVLM, artifacts: Artifacts, prompt: str, image=None) -> None:
+        self.lvlm, self.artifacts = lvlm, artifacts
+        inputs = lvlm.prepare(prompt, image, 0)
+        seen = {}
+        hook = lvlm.decoder.register_forward_pre_hook(lambda m, a, kw: seen.update(kw), with_kwargs=True)
+        with torch.no_grad():
+            lvlm.model(**inputs, use_cache=False)
+        hook.remove()
+        self.prompt: Tensor = seen["inputs_embeds"]
+        self.length = self.prompt.shape[1]
+
+    @torch.no_grad()
+    def states(self, embeds: Tensor, lane: Lane, revise: bool, steer: bool) -> Tensor:
+        """Post-norm states [1, n, width] of a whole sequence, edited as the lane's settings say."""
+        layers, revision, sasa = self.lvlm.layers, lane.revision, lane.sasa
+        handles = []
+        if revise and revision:
+            first = 0 if revision.positions == "all" else self.length - 1
+            added = delta(revision, self.artifacts.revision)
+
+            def edit(x: Tensor) -> Tensor:
+                x = x.clone()
+                x[:, first:] += added
+                return x
+            if revision.level == "layer":
+                handles.append(layers[revision.layer].register_forward_hook(lambda m, a, out: edit(out)))
+            else:
+                handles.append(layers[revision.layer].self_attn.o_proj.register_forward_pre_hook(
+                    lambda m, a: (edit(a[0]),)))
+        try:
+            if steer:
+                seen = {}
+                taps = [layers[i].register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, out.clone()))
+                        for i in (sasa.safety_layer, sasa.fused_layer)]
+                self.lvlm.decoder(inputs_embeds=embeds, use_cache=False)
+                for tap in taps:
+                    tap.remove()
+                s, f = seen[sasa.safety_layer], seen[sasa.fused_layer]
+                a = (s * f).sum(-1, keepdim=True) / ((f * f).sum(-1, keepdim=True) + 1e-6)
+                mixed = (1 - sasa.strength) * s + sasa.strength * a * f
+                handles.append(layers[sasa.safety_layer].register_forward_hook(lambda m, a, out: mixed))
+            return self.lvlm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def run(self, lane: Lane, steps: int, refusal: list[int]) -> "Oracle":
+        """Generate greedily, at most `steps` tokens; an end token ends the answer."""
+        self.tokens, self.checks, self.harm, self.gate = [], [], [], None
+        if lane.sasa and lane.sasa.mode != "project":
+            probe = (self.artifacts.sasa.clean if lane.sasa.mode == "probe"
+                     else self.artifacts.sasa.probes[lane.sasa.safety_layer, lane.sasa.fused_layer])
+            state = self.states(self.prompt, lane, revise=False, steer=lane.sasa.mode == "gate")[0, -1]
+            self.gate = torch.sigmoid(self.lvlm.lm_head(state) @ probe.weight + probe.bias).item()
+            if self.gate >= lane.sasa.threshold:
+                self.tokens = refusal[:steps]
+                return self
+        steer = lane.sasa is not None and lane.sasa.mode == "project"
+        soft = self.artifacts.sapt.soft[None]
+        parts, injected = [self.prompt], False
+        while len(self.tokens) < steps:
+            index = len(self.tokens)
+
+            def last(*more: Tensor) -> Tensor:
+                return self.states(torch.cat([*parts, *more], 1), lane, True, steer)[0, -1]
+
+            def check(index: int = index) -> bool:
+                detector = self.artifacts.sapt.detectors[lane.sapt.detector]
+                state = last(soft)
+                p = torch.sigmoid(state @ detector.weight + detector.bias).item()
+                self.checks.append((index, p))
+                return p >= lane.sapt.threshold
+            checked = False
+            if lane.sapt and not injected and index % lane.sapt.interval == lane.sapt.interval - 1:
+                injected, checked = check(), True
+                if injected:
+                    parts.append(soft)
+            state = last()
+            token = int(self.lvlm.lm_head(state).argmax())
+            if token in self.lvlm.eos_ids and lane.sapt and lane.sapt.end_check and not injected and not checked:
+                injected = check()
+                if injected:
+                    parts.append(soft)
+                    state = last()
+                    token = int(self.lvlm.lm_head(state).argmax())
+            trace = self.artifacts.trace.probe
+            self.harm.append(torch.sigmoid(state @ trace.weight + trace.bias).item())
+            self.tokens.append(token)
+            if token in self.lvlm.eos_ids:
+                break
+            parts.append(self.lvlm.embed(torch.tensor([[token]])))
+        return self
