@@ -1,0 +1,168 @@
+// One column per lane: streamed tokens above a live harm trace. Runs inside gr.HTML (js_on_load): `element`, `props`
+// and `watch` come from Gradio. Model text only ever goes through textContent, so markup in it stays text.
+const SVG = 'http://www.w3.org/2000/svg';
+const PLOT = {height: 132, left: 30, right: 10, top: 10, bottom: 20};
+const STATES = {empty: 'Ready', waiting: 'Waiting', streaming: 'Writing', done: 'Done', refused: 'Refused',
+                stopped: 'Stopped', error: 'Failed'};
+const lanesBox = element.querySelector('.lanes');
+let columns = [], run = null;
+
+function html(tag, className, parent, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  if (parent) parent.append(node);
+  return node;
+}
+function svg(tag, attributes, parent) {
+  const node = document.createElementNS(SVG, tag);
+  for (const key in attributes) node.setAttribute(key, attributes[key]);
+  if (parent) parent.append(node);
+  return node;
+}
+function setText(node, text) {  // writes only when it changes: screen readers announce every write
+  if (node.textContent !== text) node.textContent = text;
+}
+
+function makeColumn(lane, index) {
+  const card = html('article', 'lane ' + (lane.defended ? 'defended' : 'undefended'));
+  const head = html('header', 'lane-head', card);
+  const icon = svg('svg', {viewBox: '0 0 20 20', class: 'shield', 'aria-hidden': 'true'}, head);
+  svg('path', {d: 'M10 1.8 17 4.2v5.2c0 4.2-2.8 7.2-7 8.8-4.2-1.6-7-4.6-7-8.8V4.2Z'}, icon);
+  svg('path', {d: lane.defended ? 'M6.6 9.8 9.2 12.4 13.6 7.4' : 'M7 7l6 6M13 7l-6 6', class: 'shield-mark'}, icon);
+  const title = html('h3', '', head, lane.name);
+  title.id = 'lane-title-' + index;
+  card.setAttribute('aria-labelledby', title.id);
+  const state = html('span', 'state', head);
+  const chips = html('div', 'chips', card);
+  for (const chip of lane.chips) html('span', 'chip chip-' + chip.key, chips, chip.label);
+  const badge = html('span', 'badge', chips);
+  const text = html('div', 'text', card);
+  text.tabIndex = 0;
+  text.setAttribute('role', 'region');
+  text.setAttribute('aria-label', 'Answer: ' + lane.name);
+  const body = html('div', 'body', text);
+  html('div', 'placeholder', text);
+  const plot = svg('svg', {class: 'trace', role: 'img', 'aria-label': 'Harm probability per token: ' + lane.name}, card);
+  const foot = html('footer', 'lane-foot', card);
+  const summary = html('p', 'summary', foot);
+  summary.setAttribute('role', 'status');
+  summary.setAttribute('aria-live', 'polite');
+  const speed = html('p', 'speed', foot);
+  return {card, state, badge, text, body, placeholder: text.lastChild, plot, summary, speed, shown: 0, drawn: ''};
+}
+
+function rebuild(view) {
+  run = view.run;
+  columns = view.lanes.map(makeColumn);
+  lanesBox.replaceChildren(...columns.map(column => column.card));
+  lanesBox.dataset.count = columns.length;
+}
+
+function placeholderText(lane) {
+  if (lane.state === 'waiting') return lane.wait;
+  if (lane.state === 'empty') return lane.hint;
+  if (lane.state === 'stopped') return 'Stopped before the first word.';
+  return lane.state === 'error' ? 'No answer: see the message beside the Run button.' : '';
+}
+
+function addTokens(column, lane, threshold) {
+  const {text, body} = column;
+  const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+  const fresh = document.createDocumentFragment();
+  for (; column.shown < lane.tokens.length; column.shown++) {
+    const i = column.shown, harm = lane.harm[i];
+    for (const mark of lane.marks) {
+      if (mark.token === i && mark.type === 'injection') {
+        const flag = html('span', 'flag', fresh);  // drawn by CSS, so that copied text stays the model's own
+        flag.setAttribute('role', 'img');
+        flag.title = `SAPT injected its reminder here: ${mark.p.toFixed(2)} ≥ ${mark.t.toFixed(2)}`;
+        flag.setAttribute('aria-label', flag.title);
+      }
+    }
+    const over = threshold !== null && harm !== null && harm >= threshold;
+    const token = html('span', over ? 'token over' : 'token', fresh, lane.tokens[i]);
+    if (harm !== null) token.title = `token ${i} · harm ${harm.toFixed(2)}` + (over ? ` ≥ ${threshold.toFixed(2)}` : '');
+  }
+  body.append(fresh);
+  if (atEnd) text.scrollTop = text.scrollHeight;
+}
+
+function drawTrace(column, lane, view) {
+  const width = Math.max(column.plot.clientWidth, 160), {height, left, right, top, bottom} = PLOT;
+  const signature = [width, view.axis, lane.tokens.length, lane.marks.length, lane.state].join();
+  if (signature === column.drawn) return;
+  column.drawn = signature;
+  const x = i => left + (i + 0.5) * (width - left - right) / view.axis;
+  const y = p => top + (1 - p) * (height - top - bottom);
+  const plot = column.plot, threshold = view.threshold;
+  plot.setAttribute('viewBox', `0 0 ${width} ${height}`);
+  plot.replaceChildren();
+  if (threshold !== null) svg('rect', {class: 'alarm', x: left, y: y(1), width: width - left - right, height: y(threshold) - y(1)}, plot);
+  for (const p of [0, 0.5, 1]) {
+    svg('line', {class: 'grid', x1: left, x2: width - right, y1: y(p), y2: y(p)}, plot);
+    svg('text', {class: 'tick', x: left - 6, y: y(p) + 3.5, 'text-anchor': 'end'}, plot).textContent = p === 0.5 ? '.5' : p;
+  }
+  const step = Math.max(16, Math.ceil(view.axis / 5 / 16) * 16);
+  for (let i = 0; i < view.axis; i += step) {
+    svg('text', {class: 'tick', x: x(i), y: height - 5, 'text-anchor': i ? 'middle' : 'start'}, plot).textContent = i ? i : 'token 0';
+  }
+  if (threshold !== null) {
+    svg('line', {class: 'threshold', x1: left, x2: width - right, y1: y(threshold), y2: y(threshold)}, plot);
+    const label = svg('text', {class: 'threshold-label', x: width - right - 2, y: y(threshold) + 12, 'text-anchor': 'end'}, plot);
+    label.textContent = 'alarm ≥ ' + threshold.toFixed(2);
+  }
+  const points = [];
+  lane.harm.forEach((p, i) => { if (p !== null) points.push([x(i), y(p), p]); });
+  if (points.length) {
+    const line = points.map(([px, py]) => px.toFixed(1) + ',' + py.toFixed(1)).join(' ');
+    svg('polygon', {class: 'area', points: `${points[0][0]},${y(0)} ${line} ${points[points.length - 1][0]},${y(0)}`}, plot);
+    svg('polyline', {class: 'line', points: line}, plot);
+    for (const [px, py, p] of points) {
+      if (threshold !== null && p >= threshold) svg('rect', {class: 'above', x: px - 2, y: py - 2, width: 4, height: 4}, plot);
+    }
+    const [px, py] = points[points.length - 1];
+    if (lane.state === 'streaming') svg('circle', {class: 'head', cx: px, cy: py, r: 3.5}, plot);
+  }
+  for (const mark of lane.marks) {
+    const px = x(mark.token), title = `${mark.type === 'injection' ? 'SAPT injected' : 'SAPT checked'} at token ${mark.token}: ${mark.p.toFixed(2)}`;
+    let node = null;
+    if (mark.type === 'check') node = svg('circle', {class: 'check' + (mark.fired ? ' fired' : ''), cx: px, cy: y(mark.p), r: 4}, plot);
+    if (mark.type === 'injection') {
+      svg('line', {class: 'inject-line', x1: px, x2: px, y1: y(mark.p) + 4, y2: y(0)}, plot);
+      node = svg('path', {class: 'inject', d: `M${px - 6} ${y(0) + 1} h12 l-6 -11 Z`}, plot);
+    }
+    if (node) svg('title', {}, node).textContent = title;
+  }
+}
+
+function drawBadge(badge, lane) {
+  const gate = lane.badge;
+  badge.hidden = !gate;
+  if (!gate) return;
+  const waiting = gate.p === null;
+  badge.className = 'badge ' + (waiting ? 'pending' : gate.fired ? 'fired' : 'passed');
+  setText(badge, waiting ? 'SASA judges the prompt …'
+    : `SASA ${gate.p.toFixed(2)} ${gate.fired ? '≥' : '<'} ${gate.t.toFixed(2)} → ${gate.fired ? 'refused' : 'passed'}`);
+}
+
+function draw() {
+  const view = props.value;
+  if (!view || !view.lanes) return;
+  const shrunk = columns.some((column, i) => view.lanes[i] && view.lanes[i].tokens.length < column.shown);
+  if (view.run !== run || view.lanes.length !== columns.length || shrunk) rebuild(view);
+  view.lanes.forEach((lane, i) => {
+    const column = columns[i];
+    column.card.dataset.state = lane.state;
+    setText(column.state, STATES[lane.state]);
+    setText(column.placeholder, lane.tokens.length ? '' : placeholderText(lane));
+    drawBadge(column.badge, lane);
+    addTokens(column, lane, view.threshold);
+    drawTrace(column, lane, view);
+    setText(column.summary, lane.summary);
+    setText(column.speed, lane.speed);
+  });
+}
+new ResizeObserver(draw).observe(lanesBox);
+watch('value', draw);
+draw();
