@@ -10,7 +10,7 @@ import gradio as gr
 from safety.engine import Engine
 from safety.inputs import open_image
 from safety.ui import text
-from safety.ui.board import STATIC, Board
+from safety.ui.board import STATIC, board
 from safety.ui.controls import Form, build_defenses, build_generation, lanes_of, length_of, sampling_of
 from safety.ui.live import LiveRun, Runs, guarded
 from safety.ui.presets import PRESETS, Preset
@@ -18,29 +18,24 @@ from safety.ui.presets import PRESETS, Preset
 WAITING_RUNS = 8  # visitors who may wait for the model at once; further ones wait in Gradio's queue
 
 
-class ImageFile(gr.Image):
+def _image_file(**kwargs: Any) -> gr.Image:
     """gr.Image that hands over the uploaded file's path untouched.
 
     The stock component opens and converts the file before our code sees it: a bomb would be decoded, and a damaged
     file would fail without a sentence for the visitor. `safety.inputs.open_image` does both safely.
     """
-
-    is_template = True  # in the browser it is gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Return the path of the upload, or None."""
-        return None if payload is None or payload.path is None else str(payload.path)
+    image = gr.Image(type="filepath", sources=["upload"], buttons=[], **kwargs)
+    image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+    return image
 
 
-class Cards(gr.HTML):
-    """The examples as cards. Triggers "pick" (fill the form) and "play" (fill it and run) with {"index": i}."""
-
-    def __init__(self, presets: tuple[Preset, ...], **kwargs: Any):
-        script = (STATIC / "cards.js").read_text("utf-8")
-        super().__init__(html_template=_cards(presets), js_on_load=script, apply_default_css=False, **kwargs)
+def _cards(presets: tuple[Preset, ...], **kwargs: Any) -> gr.HTML:
+    """The examples. Triggers "pick" (fill the form) and "play" (fill it and run) with {"index": i}."""
+    script = (STATIC / "cards.js").read_text("utf-8")
+    return gr.HTML(html_template=_cards_markup(presets), js_on_load=script, apply_default_css=False, **kwargs)
 
 
-def _cards(presets: tuple[Preset, ...]) -> str:
+def _cards_markup(presets: tuple[Preset, ...]) -> str:
     items = []
     for index, preset in enumerate(presets):
         if preset.image is not None:
@@ -70,12 +65,12 @@ def build_page(engine: Engine) -> gr.Blocks:
     handlers = _Handlers(engine)
     with gr.Blocks(title=text.TITLE, analytics_enabled=False, fill_width=True) as page:
         _static(text.header(engine.lvlm.label), "top")
-        cards = Cards(PRESETS, elem_id="examples")
+        cards = _cards(PRESETS, elem_id="examples")
         with gr.Row(elem_id="work"):
             with gr.Column(elem_id="form"):
                 with gr.Column(elem_id="ask"):
-                    image = ImageFile(
-                        type="filepath", sources=["upload"], label="Image", show_label=False, height=150, buttons=[],
+                    image = _image_file(
+                        label="Image", show_label=False, height=150,
                         placeholder="Drop an image here, or click\n(optional)", elem_id="image",
                         alt_text="The image that the model is given",
                     )  # fmt: skip
@@ -102,7 +97,7 @@ def build_page(engine: Engine) -> gr.Blocks:
             with gr.Column(elem_id="results"):
                 form = Form(**controls)
                 switches = [form.sasa, form.revision, form.sapt]
-                board = Board(elem_id="board")
+                answers = board(elem_id="board")
                 order = gr.HTML(
                     [switch.value for switch in switches], html_template=text.ORDER, js_on_load=text.ORDER_SCRIPT,
                     apply_default_css=False, elem_id="order",
@@ -112,7 +107,7 @@ def build_page(engine: Engine) -> gr.Blocks:
         _static(text.FOOTER, "foot")
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        inputs, outputs = [image, prompt, *form.components()], [board, notice, stop]
+        inputs, outputs = [image, prompt, *form.components()], [answers, notice, stop]
         live: dict[str, Any] = quiet | {
             "trigger_mode": "multiple", "concurrency_limit": WAITING_RUNS, "concurrency_id": "runs",
         }  # fmt: skip
