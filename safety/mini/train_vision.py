@@ -1,0 +1,168 @@
+"""Train the vision tower: read letters from pictures, learn the dictionary without pictures, then both together."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from safety.mini.lexicon import Lexicon
+from safety.mini.scenes import SceneMaker
+from safety.mini.vision import READING_BLOCKS, Reader, build_tower, letter_table, reading_rates, to_pixels
+
+BATCH = 32
+LEARNING_RATE = 1.2e-3
+WARMUP_STEPS = 60
+DECAY_SHARE = 0.4  # the last part of training, over which the learning rate falls to zero
+CHECKPOINT_SECONDS = 150
+VALIDATION_IMAGES = 96
+
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+def csv_texts(data: Path | None) -> list[str]:
+    """All cells of the development sets that may train shipped weights; empty without the folder."""
+    names = ("harmless_train", "harmful_train", "advbench", "figstep_dev", "safe_responses")
+    texts: list[str] = []
+    for path in (data / f"{name}.csv" for name in names) if data else ():
+        with path.open(newline="", encoding="utf-8") as file:
+            texts += [cell for row in csv.reader(file) for cell in row]
+    return texts
+
+
+def make_batch(maker: SceneMaker, seed: tuple[int, ...], count: int = BATCH) -> Batch:
+    """Pixels [count, 3, 224, 224] and patch labels [count, 196], a pure function of the seed."""
+    rng = np.random.default_rng(seed)
+    scenes = [maker.scene(rng) for _ in range(count)]
+    labels = {
+        name: torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
+        for name in ("character", "word", "part")
+    }
+    return to_pixels(np.stack([scene.pixels for scene in scenes])), labels
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Learning rate factor: short warm-up, flat, linear fall over the last part."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, (steps - step) / (steps * DECAY_SHARE)))
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint in one move, so that a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def train_loop(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[int], dict[str, Tensor]],
+    measure: Callable[[], dict[str, float]],
+    *,
+    steps: int,
+    checkpoint: Path,
+    name: str,
+    learning_rate: float = LEARNING_RATE,
+    measure_every: int = 100,
+) -> None:
+    """Minimise the sum of named losses with AdamW; resumes from the checkpoint if there is one.
+
+    Args:
+        model: saved and restored as a whole.
+        parameters: what is optimised.
+        loss_of: weighted losses of a step; must depend on the step number alone for a resumed run to match.
+        measure: figures to log now and then.
+        steps: length of the run; a resumed run may be given another length.
+        checkpoint: file that holds the run's state.
+        name: label of the progress bar.
+        learning_rate: peak learning rate.
+        measure_every: steps between measurements.
+    """
+    optimiser = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        start = state["step"]
+    saved = time.monotonic()
+    with tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5) as bar:
+        for step in bar:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate * rate_at(step, steps)
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = loss_of(step)
+                total = torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(total):
+                raise RuntimeError(f"{name} diverged at step {step}; delete {checkpoint} and lower the learning rate.")
+            total.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            done = step + 1
+            if done % measure_every == 0 or done == steps:
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    rates = measure()
+                shown = {key: round(value.item(), 3) for key, value in losses.items()}
+                bar.write(f"{name} step {done} losses {shown} rates { {k: round(v, 3) for k, v in rates.items()} }")
+            if done == steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": done}
+                save_checkpoint(checkpoint, state)
+                saved = time.monotonic()
+
+
+def reading_parameters(reader: Reader) -> list[nn.Parameter]:
+    """Parameters of a reader that its losses reach: everything but the dictionary blocks."""
+    unused = {id(p) for block in reader.tower.transformer.layers[READING_BLOCKS:] for p in block.parameters()}
+    return [p for p in reader.parameters() if id(p) not in unused]
+
+
+def train_reading(lexicon: Lexicon, folder: Path, *, images: int = 75_000, seed: int = 0) -> Reader:
+    """Train the reading blocks; ``folder/reading.pt`` holds the run.
+
+    Args:
+        lexicon: words to draw.
+        folder: where checkpoints go.
+        images: training pictures in total.
+        seed: of the initial weights and the pictures.
+    """
+    torch.manual_seed(seed)
+    reader = Reader(build_tower())
+    letters = letter_table(lexicon)
+    maker = SceneMaker(lexicon)
+    seen = make_batch(maker, (seed, 1), VALIDATION_IMAGES)
+    unseen = make_batch(SceneMaker(lexicon, held_out=True), (seed, 2), VALIDATION_IMAGES)
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        pixels, labels = make_batch(maker, (seed, 0, step))
+        middle, states, _ = reader.read(pixels)
+        losses = reader.losses(middle, states, labels, letters)
+        return losses | {"code": 0.5 * losses["code"], "kind": 2.0 * losses["kind"]}
+
+    def measure() -> dict[str, float]:
+        rates: dict[str, float] = {}
+        for label, (pixels, labels) in (("seen", seen), ("unseen", unseen)):
+            middle, states, _ = reader.read(pixels)
+            rates |= {f"{label} {k}": v for k, v in reading_rates(reader, middle, states, labels, letters).items()}
+        return rates
+
+    parameters = reading_parameters(reader)
+    train_loop(
+        reader, parameters, loss_of, measure, steps=images // BATCH, checkpoint=folder / "reading.pt", name="Reading"
+    )
+    return reader
+
+
+def batches(lexicon: Lexicon, seed: int, count: int, held_out: bool) -> Iterator[Batch]:
+    """Validation batches that training never draws."""
+    maker = SceneMaker(lexicon, held_out=held_out)
+    for number in range(count):
+        yield make_batch(maker, (seed, 3, number))
