@@ -36,7 +36,7 @@ def clean_answer(text: str, numbered: bool) -> str | None:
         items = [piece.split("\n")[0].strip().replace("**", "") for piece in pieces[2::2]]
         if items and len(pieces[2::2]) <= 3 and not re.search(r"[.!?]$", items[-1]):
             items.pop()  # cut off by the token limit
-        items = [item for item in items[:3] if re.search("[a-z]{3}", item)]
+        items = [item for item in items[:3] if re.search("[A-Za-z]{3}", item)]
         if len(items) < 2 or len({item.lower() for item in items}) < len(items):
             return None
         text = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
