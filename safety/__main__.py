@@ -1,0 +1,130 @@
+"""python -m safety generate | calibrate | bench | mini"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safety.errors import UserError
+from safety.settings import Sampling
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. A UserError becomes one sentence on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="python -m safety", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="answer one or many requests in several lanes")
+    _add_generate(generate)
+    calibrate = commands.add_parser("calibrate", help="fit the three defenses and the trace detector for a model")
+    _add_model(calibrate)
+    from safety.calibrate import run as calibration
+    calibration.add_arguments(calibrate)
+    bench = commands.add_parser("bench", help="measure speed ratios on this machine")
+    bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    bench.add_argument("--repeats", type=int, default=5, help="measurements of each row (default 5)")
+    mini = commands.add_parser("mini", help="build or measure the miniature LVLM")
+    from safety.mini import build
+    build.add_arguments(mini)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "generate":
+            return _generate(arguments)
+        if arguments.command == "calibrate":
+            return calibration.run(_load(arguments), arguments)
+        if arguments.command == "bench":
+            from safety.bench import run as run_bench
+            return run_bench(arguments.repeats, arguments.json)
+        return build.run(arguments) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="miniature", help="miniature (default), a Hugging Face id, or a folder")
+    parser.add_argument("--quantization", help="none, bf16, int8 or nf4 (default: what is fastest here)")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--artifacts", type=Path, help="calibrated artifacts (default: those shipped for the model)")
+    parser.add_argument("--image", type=Path, help="a picture; without one the run is text-only")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="what to ask")
+    what.add_argument("--requests", type=Path, metavar="FILE.jsonl",
+                      help='many requests, one {"prompt": …, "image": …} per line; one JSON object per line comes out')
+    parser.add_argument("--lanes", default="none,all", help="out of none, sasa, revision, sapt, all (default none,all)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p)
+    parser.add_argument("--seed", type=int, default=Sampling.seed)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from safety.lvlm import load
+    return load(arguments.model, arguments.quantization, lambda message: print(message, file=sys.stderr))
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from safety.artifacts import load_artifacts
+    from safety.engine import Engine
+    if arguments.requests is not None and arguments.image is not None:
+        raise UserError("With --requests, give each image in its line of the file instead of --image.")
+    requests = _read_requests(arguments.requests) if arguments.requests else [(arguments.prompt, arguments.image)]
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    lvlm = _load(arguments)
+    engine = Engine(lvlm, load_artifacts(lvlm, arguments.artifacts))
+    lanes = engine.artifacts.standard_lanes(arguments.lanes)
+    failed = False
+    for number, (prompt, image) in enumerate(requests, 1):
+        try:
+            answers = engine.answer(prompt, image, lanes=lanes, max_new_tokens=arguments.max_new_tokens,
+                                    sampling=sampling)
+        except UserError as error:
+            if arguments.requests is None:
+                raise
+            # One bad line must not lose the others: it is answered in its place.
+            failed = True
+            print(json.dumps({"model": lvlm.name, "error": str(error)}), flush=True)
+            print(f"error: line {number}: {error}", file=sys.stderr)
+            continue
+        if arguments.json or arguments.requests is not None:
+            print(json.dumps({"model": lvlm.name, "lanes": [answer.to_json() for answer in answers],
+                              "prefill_seconds": round(answers[0].prefill_seconds, 4)}), flush=True)
+        else:
+            for answer in answers:
+                print(f"── {answer.name} ── {answer.summary()}\n{answer.text.strip()}\n")
+    return 2 if failed else 0
+
+
+def _read_requests(path: Path) -> list[tuple[str, Path | None]]:
+    """Lines of {"prompt": text, "image": path or nothing}; image paths are relative to the file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The requests file {path} could not be read: {error}.") from error
+    requests = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, image = row["prompt"], row.get("image")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f'Line {number} of {path} is not a JSON object with a "prompt".') from error
+        if image is not None and not isinstance(image, str):
+            raise UserError(f'Line {number} of {path}: "image" must be a path.')
+        requests.append((prompt, path.parent / image if image else None))
+    if not requests:
+        raise UserError(f'{path} holds no requests. Write one {{"prompt": …}} per line.')
+    return requests
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Fit the three defenses and the trace detector for one model, from samples."""
