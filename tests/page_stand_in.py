@@ -86,12 +86,10 @@ class StandInEngine:
                 if index >= len(script):
                     continue
                 text, harm, events = script[index]
-                last = index == len(script) - 1
-                finish = ("gate" if events and events[0].type == "gate" and events[0].fired else "eos") if last else None
-                if finish is None and index == limit - 1:
-                    finish = "length"
-                if finish == "eos" and script[0][2] and script[0][2][0].type == "gate" and script[0][2][0].fired:
-                    finish = "gate"
+                gated = any(event.type == "gate" and event.fired for event in script[0][2])
+                finish: Any = "length" if index == limit - 1 else None
+                if index == len(script) - 1:
+                    finish = "gate" if gated else "eos"
                 yield Step(0, row, index, 1, text, harm, tuple(events), finish, time.perf_counter() - start, self.prefill)
             if all(index >= len(script) - 1 for script in scripts):
                 return
@@ -127,3 +125,4 @@ def _script(lane: Lane, harmful: bool, words: list[str] | None) -> Iterator[tupl
                 answer = answer[:i] + TURN
         yield answer[i] + " ", round(harm, 4), events
         i += 1
+    yield "", 0.1, []  # the token that ends an answer has no text

@@ -57,6 +57,7 @@ function rebuild(view) {
   columns = view.lanes.map(makeColumn);
   lanesBox.replaceChildren(...columns.map(column => column.card));
   lanesBox.dataset.count = columns.length;
+  lanesBox.dataset.run = run;
   // On a phone the answers are below the form: bring a new run into view.
   if (run !== 'empty' && window.innerWidth <= 900) element.scrollIntoView({block: 'start', behavior: 'smooth'});
 }

@@ -1,0 +1,62 @@
+"""Screenshots of the real page, for the README: `python -m safety.ui.screenshot [--model NAME] [--out FOLDER]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from safety.engine import Engine
+from safety.errors import UserError
+from safety.ui.browser import chromium, served
+from safety.ui.page import build_page
+
+VIEWS = {
+    "page-light": {"viewport": {"width": 1366, "height": 860}, "color_scheme": "light"},
+    "page-dark": {"viewport": {"width": 1366, "height": 860}, "color_scheme": "dark"},
+    "page-phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
+}
+FINISHED = "document.querySelectorAll('.lane').length > 1 && [...document.querySelectorAll('.lane')].every(lane => lane.dataset.state === 'done' || lane.dataset.state === 'refused')"
+
+
+def take(engine: Engine, folder: Path, timeout: float = 300.0) -> list[Path]:
+    """Run the first example on the page in every view and save one picture each.
+
+    Args:
+        timeout: seconds that a run may take.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with served(build_page(engine)) as address, chromium() as browser:
+        for name, view in VIEWS.items():
+            page = browser.new_page(**view)
+            page.goto(address)
+            page.click(".card-run >> nth=0")
+            page.wait_for_function(FINISHED, timeout=timeout * 1000)
+            page.mouse.move(5, 5)
+            page.wait_for_timeout(500)
+            paths.append(folder / f"{name}.png")
+            page.screenshot(path=str(paths[-1]))
+            page.close()
+    return paths
+
+
+def main() -> int:
+    """Command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="Take the README's screenshots of the real page.")
+    parser.add_argument("--model", default="miniature")
+    parser.add_argument("--out", type=Path, default=Path("assets/screenshots"))
+    flags = parser.parse_args()
+    from safety.artifacts import load_artifacts
+    from safety.lvlm import load
+
+    try:
+        lvlm = load(flags.model, progress=print)
+        for path in take(Engine(lvlm, load_artifacts(lvlm)), flags.out):
+            print(path)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
