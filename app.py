@@ -12,9 +12,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the flags; argparse exits with a message of its own on an unknown one."""
     parser = argparse.ArgumentParser(description="One vision-language model, undefended and defended, side by side.")
     parser.add_argument("--model", default="miniature", help="miniature (default) or a Hugging Face model id")
-    parser.add_argument("--quantization", choices=("none", "bf16", "int8", "nf4"), help="default: what suits the device")
-    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-                        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--quantization", choices=("none", "bf16", "int8", "nf4"), help="default: what suits the device"
+    )
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
     parser.add_argument("--port", default=os.environ.get("GRADIO_SERVER_PORT", "7860"), help="default: %(default)s")
     return parser.parse_args(arguments)
 
@@ -37,8 +42,10 @@ def check_address(host: str, port: str) -> int:
     except PermissionError:
         raise UserError(f"Port {port} is reserved for the system. Choose one above 1023 with --port.") from None
     except OSError as error:
-        raise UserError(f"Cannot listen on {host}, port {port} ({error.strerror}). Another program may use that port: "
-                        "choose a different one with --port.") from None  # fmt: skip
+        raise UserError(
+            f"Cannot listen on {host}, port {port} ({error.strerror}). Another program may use that port: "
+            "choose a different one with --port."
+        ) from None
     return int(port)
 
 

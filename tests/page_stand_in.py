@@ -90,7 +90,9 @@ class StandInEngine:
                 finish: Any = "length" if index == limit - 1 else None
                 if index == len(script) - 1:
                     finish = "gate" if gated else "eos"
-                yield Step(0, row, index, 1, text, harm, tuple(events), finish, time.perf_counter() - start, self.prefill)
+                yield Step(
+                    0, row, index, 1, text, harm, tuple(events), finish, time.perf_counter() - start, self.prefill
+                )
             if all(index >= len(script) - 1 for script in scripts):
                 return
             if self.fail is not None and index == 3:

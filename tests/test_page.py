@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page_browser import LAPTOP, ask, browser, opened, start, states, texts, wait_for_end
 from page_stand_in import StandInEngine
 from PIL import Image
 
-from safety.errors import UserError
-from safety.ui.browser import chromium, served
+from safety.ui.browser import served
 from safety.ui.page import build_page
 from safety.ui.presets import PRESETS
 
 pytestmark = pytest.mark.browser
-LAPTOP = {"width": 1366, "height": 768}
+__all__ = ["browser"]  # a fixture
 PHONE = {"width": 390, "height": 844}
-ENDED = "[...document.querySelectorAll('.lane')].every(lane => ['done', 'refused', 'stopped', 'error'].includes(lane.dataset.state))"
 
 
 @pytest.fixture(scope="module")
@@ -33,68 +32,11 @@ def address(engine: StandInEngine) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("playwright")
-    try:
-        with chromium() as browser:
-            yield browser
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture
 def page(browser: Any, address: str, engine: StandInEngine) -> Iterator[Any]:
     engine.delay, engine.prefill, engine.words, engine.fail = 1 / 40, 0.1, None, None
     with opened(browser, address) as page:
         yield page
-
-
-class opened:
-    """A fresh tab on the page; fails on console errors and on requests to anywhere else."""
-
-    def __init__(self, browser: Any, address: str, **view: Any):
-        self.page, self.address, self.problems = browser.new_page(**({"viewport": LAPTOP} | view)), address, []
-
-    def __enter__(self) -> Any:
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("console", lambda line: self.problems.append(line.text) if line.type == "error" else None)
-        self.page.on("request", lambda request: self.problems.append(request.url) if self.foreign(request.url) else None)
-        self.page.goto(self.address)
-        self.page.wait_for_selector(".lane")
-        return self.page
-
-    def foreign(self, url: str) -> bool:
-        return not url.startswith((self.address, "data:", "blob:", "about:"))
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        self.page.close()
-        if kind is None:
-            assert not self.problems
-
-
-def start(page: Any, button: str = "#run") -> None:
-    """Press a button that starts a run, and wait until the board shows that run."""
-    before = page.get_attribute(".lanes", "data-run")
-    page.click(button)
-    page.wait_for_function("before => document.querySelector('.lanes').dataset.run !== before", arg=before)
-
-
-def ask(page: Any, words: str) -> None:
-    page.fill("#prompt textarea", words)
-    start(page)
-
-
-def wait_for_end(page: Any) -> None:
-    page.wait_for_function(ENDED, timeout=20_000)
-
-
-def texts(page: Any) -> list[str]:
-    return page.eval_on_selector_all(".lane .body", "bodies => bodies.map(body => body.textContent)")
-
-
-def states(page: Any) -> list[str]:
-    return page.eval_on_selector_all(".lane", "lanes => lanes.map(lane => lane.dataset.state)")
 
 
 def test_an_example_streams_in_every_column_with_marks_and_badge(page: Any, engine: StandInEngine) -> None:
@@ -198,7 +140,7 @@ def test_leaving_the_page_ends_the_run(browser: Any, address: str, engine: Stand
 
 
 def test_a_second_visitor_waits_for_the_model(browser: Any, address: str, page: Any, engine: StandInEngine) -> None:
-    engine.delay = 0.15
+    engine.delay = 0.6
     ask(page, "Make a list.")
     page.wait_for_function("document.querySelectorAll('.lane .token').length > 2")
     with opened(browser, address) as second:
@@ -212,7 +154,12 @@ def test_a_second_visitor_waits_for_the_model(browser: Any, address: str, page: 
 
 
 def test_markup_in_model_text_stays_text(page: Any, engine: StandInEngine) -> None:
-    engine.words = ["<img src=x onerror=\"window.harmed=1\">", "<script>window.harmed=1</script>", "${1+1} {{value}}", "&amp;"]
+    engine.words = [
+        '<img src=x onerror="window.harmed=1">',
+        "<script>window.harmed=1</script>",
+        "${1+1} {{value}}",
+        "&amp;",
+    ]
     ask(page, "Hello?")
     wait_for_end(page)
     assert texts(page)[0].strip() == " ".join(engine.words)
@@ -260,9 +207,15 @@ def test_bad_files_get_a_sentence_and_the_next_run_works(page: Any, engine: Stan
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
     bomb(tmp_path / "bomb.png")
     page.fill("#prompt textarea", "What is this?")
-    for name, words in (("notes.png", "could not be read"), ("half.jpg", "could not be read"), ("bomb.png", "million pixels")):
+    for name, words in (
+        ("notes.png", "could not be read"),
+        ("half.jpg", "could not be read"),
+        ("bomb.png", "million pixels"),
+    ):
         page.set_input_files("#image input[type=file]", tmp_path / name)
-        page.wait_for_function("words => document.querySelector('.notice').textContent.includes(words)", arg=name, timeout=20_000)
+        page.wait_for_function(
+            "words => document.querySelector('.notice').textContent.includes(words)", arg=name, timeout=20_000
+        )
         assert words in page.locator(".notice").inner_text()
         page.wait_for_selector("#image img", state="detached")
     assert page.input_value("#prompt textarea") == "What is this?"
@@ -283,7 +236,12 @@ def test_odd_but_good_pictures_work(page: Any, engine: StandInEngine, tmp_path: 
     exif[274] = 6
     Image.new("RGB", (60, 40), "red").save(tmp_path / "turned.jpg", exif=exif)
     engine.words = ["fine"]
-    for name, size in (("moving.gif", (60, 40)), ("print.jpg", (60, 40)), ("deep.png", (60, 40)), ("turned.jpg", (40, 60))):
+    for name, size in (
+        ("moving.gif", (60, 40)),
+        ("print.jpg", (60, 40)),
+        ("deep.png", (60, 40)),
+        ("turned.jpg", (40, 60)),
+    ):
         page.set_input_files("#image input[type=file]", tmp_path / name)
         page.wait_for_selector("#image img")
         ask(page, "What is this?")
@@ -298,8 +256,12 @@ def luminance(page: Any, selector: str, what: str) -> float:
     return sum(float(part) for part in rgb.split("(")[1].rstrip(")").split(",")[:3]) / 3
 
 
-@pytest.mark.parametrize("view", [{"viewport": PHONE}, {"viewport": LAPTOP}, {"viewport": LAPTOP, "color_scheme": "dark"}])
-def test_layout_neither_overflows_nor_jumps(browser: Any, address: str, engine: StandInEngine, view: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "view", [{"viewport": PHONE}, {"viewport": LAPTOP}, {"viewport": LAPTOP, "color_scheme": "dark"}]
+)
+def test_layout_neither_overflows_nor_jumps(
+    browser: Any, address: str, engine: StandInEngine, view: dict[str, Any]
+) -> None:
     engine.delay, engine.prefill, engine.words, engine.fail = 0.02, 0.1, None, None
     with opened(browser, address, **view) as page:
         wide = "document.documentElement.scrollWidth"
@@ -329,9 +291,9 @@ def test_the_keyboard_reaches_the_examples_and_runs_one(page: Any) -> None:
 
 def test_labels(page: Any) -> None:
     unnamed = page.evaluate(
-        """() => [...document.querySelectorAll('#work input:not([type=file]), #work textarea, #work button, .cards button')]
-        .filter(node => node.offsetParent && !(node.labels?.length || node.ariaLabel || node.title || node.textContent.trim()
-                        || node.getAttribute('aria-labelledby')))
+        """() => [...document.querySelectorAll('#work :is(input:not([type=file]), textarea, button), .cards button')]
+        .filter(node => node.offsetParent && !(node.labels?.length || node.ariaLabel || node.title
+                        || node.textContent.trim() || node.getAttribute('aria-labelledby')))
         .map(node => node.outerHTML.slice(0, 120))"""
     )
     assert unnamed == []

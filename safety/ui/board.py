@@ -90,7 +90,11 @@ def chips(lane: Lane) -> list[dict[str, str]]:
     """The defenses that act on a lane, each with its most telling setting."""
     found = []
     if lane.sasa is not None:
-        detail = {"gate": f"λ {lane.sasa.strength:g}", "probe": "probe only", "project": f"projection λ {lane.sasa.strength:g}"}
+        detail = {
+            "gate": f"λ {lane.sasa.strength:g}",
+            "probe": "probe only",
+            "project": f"projection λ {lane.sasa.strength:g}",
+        }
         found.append({"key": "sasa", "label": f"SASA {detail[lane.sasa.mode]}"})
     if lane.revision is not None:
         found.append({"key": "revision", "label": f"Revision α {lane.revision.alpha:g}"})
@@ -101,8 +105,16 @@ def chips(lane: Lane) -> list[dict[str, str]]:
 
 def _lane(name: str, **values: Any) -> View:
     start: View = {
-        "name": name, "tokens": [], "harm": [], "marks": [], "badge": None, "summary": "", "speed": "", "hint": "", "wait": "",
-    }  # fmt: skip
+        "name": name,
+        "tokens": [],
+        "harm": [],
+        "marks": [],
+        "badge": None,
+        "summary": "",
+        "speed": "",
+        "hint": "",
+        "wait": "",
+    }
     return start | values
 
 
@@ -127,4 +139,6 @@ def _badge(lane: Lane, answer: Answer) -> View | None:
 
 def _speed(answer: Answer) -> str:
     count = len(answer.tokens)
-    return f"{count} token{'s' if count != 1 else ''} · {answer.tokens_per_second:.1f} tokens/s · {answer.seconds:.1f} s"
+    return (
+        f"{count} token{'s' if count != 1 else ''} · {answer.tokens_per_second:.1f} tokens/s · {answer.seconds:.1f} s"
+    )

@@ -54,19 +54,27 @@ def lanes_of(form: Form, engine: Engine) -> list[Lane]:
     if form.sasa:
         safety_layer, fused_layer = _pair(form.sasa_pair)
         on["sasa"] = replace(
-            _ready(base.sasa, "SASA"), mode=form.sasa_mode, strength=_number(form.sasa_strength, "SASA projection strength"),
-            threshold=_number(form.sasa_threshold, "SASA threshold"), safety_layer=safety_layer, fused_layer=fused_layer,
-        )  # fmt: skip
+            _ready(base.sasa, "SASA"),
+            mode=form.sasa_mode,
+            strength=_number(form.sasa_strength, "SASA projection strength"),
+            threshold=_number(form.sasa_threshold, "SASA threshold"),
+            safety_layer=safety_layer,
+            fused_layer=fused_layer,
+        )
     if form.revision:
         on["revision"] = replace(
-            _ready(base.revision, "activation revision"), alpha=_number(form.revision_alpha, "Revision strength alpha"),
-            layer=_whole(form.revision_layer, "Revision layer"), level=form.revision_level,
-        )  # fmt: skip
+            _ready(base.revision, "activation revision"),
+            alpha=_number(form.revision_alpha, "Revision strength alpha"),
+            layer=_whole(form.revision_layer, "Revision layer"),
+            level=form.revision_level,
+        )
     if form.sapt:
         on["sapt"] = replace(
-            _ready(base.sapt, "SAPT"), threshold=_number(form.sapt_threshold, "SAPT threshold"),
-            interval=_whole(form.sapt_interval, "SAPT interval"), end_check=bool(form.sapt_end_check),
-        )  # fmt: skip
+            _ready(base.sapt, "SAPT"),
+            threshold=_number(form.sapt_threshold, "SAPT threshold"),
+            interval=_whole(form.sapt_interval, "SAPT interval"),
+            end_check=bool(form.sapt_end_check),
+        )
     lanes = [Lane("No defense")]
     if on and not form.separate:
         lanes.append(Lane("Defended", **on))
@@ -148,25 +156,45 @@ def _sasa(artifacts: Any, available: bool) -> dict[str, Any]:
     chosen = f"{ready.safety_layer}-{ready.fused_layer}" if available else None
     with _settings(available):
         found["sasa_threshold"] = gr.Slider(
-            0, 1, ready.threshold if available else 0.5, step=0.01, label="Threshold",
-            info="Refuse when the probe's probability is at least this", interactive=True,
-        )  # fmt: skip
+            0,
+            1,
+            ready.threshold if available else 0.5,
+            step=0.01,
+            label="Threshold",
+            info="Refuse when the probe's probability is at least this",
+            interactive=True,
+        )
         found["sasa_strength"] = gr.Slider(
-            0, 1, ready.strength if available else 1, step=0.05, label="Projection strength λ",
-            info="1 is the paper, 0 leaves the model as it is", interactive=True,
-        )  # fmt: skip
+            0,
+            1,
+            ready.strength if available else 1,
+            step=0.05,
+            label="Projection strength λ",
+            info="1 is the paper, 0 leaves the model as it is",
+            interactive=True,
+        )
         found["sasa_pair"] = gr.Dropdown(
-            choices, value=chosen, label="Layers", info="Blocks that have a calibrated probe", interactive=True,
-        )  # fmt: skip
+            choices,
+            value=chosen,
+            label="Layers",
+            info="Blocks that have a calibrated probe",
+            interactive=True,
+        )
         found["sasa_mode"] = gr.Radio(
-            SASA_MODES, value=ready.mode if available else "gate", label="Mode", interactive=True, elem_classes=["segmented"],
-        )  # fmt: skip
+            SASA_MODES,
+            value=ready.mode if available else "gate",
+            label="Mode",
+            interactive=True,
+            elem_classes=["segmented"],
+        )
     return found
 
 
 def _revision(artifacts: Any, available: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "revision": _switch("Activation revision", "Nudges every step towards safe answers", available, "revision vectors")
+        "revision": _switch(
+            "Activation revision", "Nudges every step towards safe answers", available, "revision vectors"
+        )
     }
     ready = artifacts.settings.revision
     layers = list(artifacts.revision.layers) if available else [0]
@@ -174,46 +202,78 @@ def _revision(artifacts: Any, available: bool) -> dict[str, Any]:
     top = min(20.0, max(6.0, round(3 * default)))
     with _settings(available):
         found["revision_alpha"] = gr.Slider(
-            0, top, default, step=0.1, label="Strength α", info="0 changes nothing; the paper's best is 2", interactive=True,
-        )  # fmt: skip
+            0,
+            top,
+            default,
+            step=0.1,
+            label="Strength α",
+            info="0 changes nothing; the paper's best is 2",
+            interactive=True,
+        )
         if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
             found["revision_layer"] = gr.Slider(
-                layers[0], layers[-1], ready.layer, step=1, label="Layer", info="Block that is revised", interactive=True,
-            )  # fmt: skip
+                layers[0],
+                layers[-1],
+                ready.layer,
+                step=1,
+                label="Layer",
+                info="Block that is revised",
+                interactive=True,
+            )
         else:
             choices = [(f"block {layer}", layer) for layer in layers]
             found["revision_layer"] = gr.Dropdown(
-                choices, value=ready.layer if available else layers[0], label="Layer", info="Blocks that have a vector",
+                choices,
+                value=ready.layer if available else layers[0],
+                label="Layer",
+                info="Blocks that have a vector",
                 interactive=len(layers) > 1,
-            )  # fmt: skip
+            )
         found["revision_level"] = gr.Radio(
-            LEVELS, value=ready.level if available else "head", label="What is revised", interactive=True,
+            LEVELS,
+            value=ready.level if available else "head",
+            label="What is revised",
+            interactive=True,
             elem_classes=["segmented"],
-        )  # fmt: skip
+        )
     return found
 
 
 def _sapt(artifacts: Any, available: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {"sapt": _switch("SAPT", "Watches the answer and steps in mid-sentence", available, "soft prompt")}
+    found: dict[str, Any] = {
+        "sapt": _switch("SAPT", "Watches the answer and steps in mid-sentence", available, "soft prompt")
+    }
     ready = artifacts.settings.sapt
     with _settings(available):
         found["sapt_threshold"] = gr.Slider(
-            0, 1, ready.threshold if available else 0.9, step=0.01, label="Threshold",
-            info="Inject the reminder when the detector is at least this sure", interactive=True,
-        )  # fmt: skip
-        found["sapt_interval"] = gr.Slider(
-            1, 64, ready.interval if available else 16, step=1, label="Interval", info="Tokens between two checks",
+            0,
+            1,
+            ready.threshold if available else 0.9,
+            step=0.01,
+            label="Threshold",
+            info="Inject the reminder when the detector is at least this sure",
             interactive=True,
-        )  # fmt: skip
+        )
+        found["sapt_interval"] = gr.Slider(
+            1,
+            64,
+            ready.interval if available else 16,
+            step=1,
+            label="Interval",
+            info="Tokens between two checks",
+            interactive=True,
+        )
         found["sapt_end_check"] = gr.Checkbox(
-            value=ready.end_check if available else True, label="Also check before the answer ends",
-            info="Ours: the paper never checks an answer shorter than the interval", interactive=True,
-        )  # fmt: skip
+            value=ready.end_check if available else True,
+            label="Also check before the answer ends",
+            info="Ours: the paper never checks an answer shorter than the interval",
+            interactive=True,
+        )
     return found
 
 
 def build_generation() -> dict[str, Any]:
-    """Create the controls of length and sampling in the current Gradio context; returns them by their name in `Form`."""
+    """Create the controls of length and sampling in the current Gradio context, by their name in `Form`."""
     return {
         "max_new_tokens": gr.Slider(8, MAX_NEW_TOKENS, 96, step=8, label="Longest answer", info="In tokens"),
         "temperature": gr.Slider(

@@ -1,4 +1,4 @@
-"""Draws the examples' pictures and the page's icon: `python -m safety.ui.draw`. Run once; the results are kept in assets.
+"""Draws the examples' pictures and the page's icon: `python -m safety.ui.draw`. The results are kept in assets.
 
 Letters use Pillow's built-in font; symbols are Noto Emoji glyphs (SIL Open Font License 1.1).
 """
@@ -24,7 +24,12 @@ def draw() -> None:
     icon = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     pen = ImageDraw.Draw(icon)
     pen.rounded_rectangle((0, 0, 255, 255), 64, fill="#10202d")
-    pen.line([(45, 178), (75, 165), (105, 80), (128, 72), (155, 95), (180, 150), (212, 165)], fill="#56b4e9", width=18, joint="curve")
+    pen.line(
+        [(45, 178), (75, 165), (105, 80), (128, 72), (155, 95), (180, 150), (212, 165)],
+        fill="#56b4e9",
+        width=18,
+        joint="curve",
+    )
     for left in range(40, 210, 44):
         pen.line([(left, 112), (left + 24, 112)], fill="#ec7a2c", width=10)
     pen.polygon([(92, 222), (136, 222), (114, 184)], fill="#cc79a7")

@@ -42,9 +42,12 @@ class _Metronome:
         self.sent: dict[tuple[int, int], float] = {}
         self.lvlm = SimpleNamespace(label="metronome", lock=threading.Lock())
         self.artifacts = SimpleNamespace(
-            sasa=None, revision=None, sapt=SimpleNamespace(length=4), trace=SimpleNamespace(threshold=0.9),
+            sasa=None,
+            revision=None,
+            sapt=SimpleNamespace(length=4),
+            trace=SimpleNamespace(threshold=0.9),
             settings=SimpleNamespace(sasa=None, revision=None, sapt=Sapt()),
-        )  # fmt: skip
+        )
 
     def stream(self, *, lanes: list[Lane], cancel: threading.Event, **_: Any) -> Iterator[Step]:
         start = time.time()
@@ -74,7 +77,9 @@ def measure_lag(rate: float = 15.0, seconds: float = 8.0) -> Lag:
         page.evaluate(_WATCH)
         page.fill("#prompt textarea", "Count.")
         page.click("#run")
-        page.wait_for_function("document.querySelectorAll('.lane[data-state=done]').length === 2", timeout=(seconds + 60) * 1000)
+        page.wait_for_function(
+            "document.querySelectorAll('.lane[data-state=done]').length === 2", timeout=(seconds + 60) * 1000
+        )
         arrivals = page.evaluate("window.arrivals")
     lags = [at - engine.sent[lane, count] for lane, count, at in arrivals]
     return Lag(statistics.median(lags), max(lags), len(lags))

@@ -100,7 +100,7 @@ class LiveRun:
             self.steps.put(error)
 
     def _gather(self) -> str | None:
-        """Take in what arrives during one update's time. Returns None while the run goes on, else its closing message."""
+        """Take in one update's worth of Steps. Returns None while the run goes on, else its closing message."""
         due = time.monotonic() + 1 / UPDATES_PER_SECOND
         news = 0
         while (left := due - time.monotonic()) > 0 or not news:

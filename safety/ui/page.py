@@ -70,26 +70,38 @@ def build_page(engine: Engine) -> gr.Blocks:
             with gr.Column(elem_id="form"):
                 with gr.Column(elem_id="ask"):
                     image = _image_file(
-                        label="Image", show_label=False, height=150,
-                        placeholder="Drop an image here, or click\n(optional)", elem_id="image",
+                        label="Image",
+                        show_label=False,
+                        height=150,
+                        placeholder="Drop an image here, or click\n(optional)",
+                        elem_id="image",
                         alt_text="The image that the model is given",
-                    )  # fmt: skip
+                    )
                     prompt = gr.Textbox(
-                        label="Prompt", lines=3, max_lines=5, elem_id="prompt",
+                        label="Prompt",
+                        lines=3,
+                        max_lines=5,
+                        elem_id="prompt",
                         placeholder="Ask something, with or without an image",
-                    )  # fmt: skip
+                    )
                 with gr.Column(elem_id="defenses"):
                     controls = build_defenses(engine)
                     with gr.Column(elem_classes=["defense"]):
                         controls["separate"] = gr.Checkbox(
-                            label="A column for each defense", info="Otherwise they share one column", elem_classes=["switch"],
+                            label="A column for each defense",
+                            info="Otherwise they share one column",
+                            elem_classes=["switch"],
                             elem_id="separate",
-                        )  # fmt: skip
+                        )
                     with gr.Accordion("Advanced: length and sampling", open=False, elem_id="advanced"):
                         controls |= build_generation()
                 with gr.Column(elem_id="actions"):
                     notice = gr.HTML(
-                        "", html_template=text.NOTICE, js_on_load=text.NOTICE_SCRIPT, apply_default_css=False, elem_id="notice"
+                        "",
+                        html_template=text.NOTICE,
+                        js_on_load=text.NOTICE_SCRIPT,
+                        apply_default_css=False,
+                        elem_id="notice",
                     )
                     with gr.Row(elem_id="buttons"):
                         run = gr.Button("Run", variant="primary", elem_id="run")
@@ -99,9 +111,12 @@ def build_page(engine: Engine) -> gr.Blocks:
                 switches = [form.sasa, form.revision, form.sapt]
                 answers = board(elem_id="board")
                 order = gr.HTML(
-                    [switch.value for switch in switches], html_template=text.ORDER, js_on_load=text.ORDER_SCRIPT,
-                    apply_default_css=False, elem_id="order",
-                )  # fmt: skip
+                    [switch.value for switch in switches],
+                    html_template=text.ORDER,
+                    js_on_load=text.ORDER_SCRIPT,
+                    apply_default_css=False,
+                    elem_id="order",
+                )
                 with gr.Accordion("How each defense works", open=False, elem_id="explain"):
                     _static(text.explanations(), "explanations")
         _static(text.FOOTER, "foot")
@@ -109,12 +124,16 @@ def build_page(engine: Engine) -> gr.Blocks:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         inputs, outputs = [image, prompt, *form.components()], [answers, notice, stop]
         live: dict[str, Any] = quiet | {
-            "trigger_mode": "multiple", "concurrency_limit": WAITING_RUNS, "concurrency_id": "runs",
-        }  # fmt: skip
+            "trigger_mode": "multiple",
+            "concurrency_limit": WAITING_RUNS,
+            "concurrency_id": "runs",
+        }
         run.click(handlers.run, inputs, outputs, **live)
         prompt.submit(handlers.run, inputs, outputs, **live)
         cards.pick(handlers.fill, None, [image, prompt, notice], queue=False, **quiet)
-        cards.play(handlers.fill, None, [image, prompt, notice], queue=False, **quiet).success(handlers.run, inputs, outputs, **live)
+        cards.play(handlers.fill, None, [image, prompt, notice], queue=False, **quiet).success(
+            handlers.run, inputs, outputs, **live
+        )
         stop.click(handlers.stop, None, stop, queue=False, **quiet)
         image.upload(handlers.check_image, image, [image, notice], queue=False, **quiet)
         gr.on([switch.change for switch in switches], None, switches, order, js="(...on) => [on.slice(0, 3)]", **quiet)
@@ -137,9 +156,12 @@ class _Handlers:
 
         def check() -> dict[str, Any]:
             return {
-                "lanes": lanes_of(form, self.engine), "prompt": words, "image": None if path is None else open_image(path),
-                "max_new_tokens": length_of(form), "sampling": sampling_of(form),
-            }  # fmt: skip
+                "lanes": lanes_of(form, self.engine),
+                "prompt": words,
+                "image": None if path is None else open_image(path),
+                "max_new_tokens": length_of(form),
+                "sampling": sampling_of(form),
+            }
 
         try:
             arguments, message = guarded(check)

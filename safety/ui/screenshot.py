@@ -3,18 +3,20 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.ui.browser import chromium, served
 from safety.ui.page import build_page
 
-VIEWS = {
+VIEWS: dict[str, dict[str, Any]] = {
     "page-light": {"viewport": {"width": 1366, "height": 860}, "color_scheme": "light"},
     "page-dark": {"viewport": {"width": 1366, "height": 860}, "color_scheme": "dark"},
     "page-phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
 }
-FINISHED = "document.querySelectorAll('.lane').length > 1 && [...document.querySelectorAll('.lane')].every(lane => lane.dataset.state === 'done' || lane.dataset.state === 'refused')"
+FINISHED = """() => [...document.querySelectorAll('.lane')].every(
+    lane => lane.dataset.state === 'done' || lane.dataset.state === 'refused')"""
 
 
 def take(engine: Engine, folder: Path, timeout: float = 300.0) -> list[Path]:

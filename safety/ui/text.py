@@ -38,36 +38,45 @@ ORDER = (
     '<div class="order"><h2 class="section">Who acts when, in a defended answer</h2><ol>'
     '<li class="order-sasa"><b>SASA</b> judges the request once. It refuses, or lets the model answer untouched.</li>'
     '<li class="order-revision"><b>Revision</b> then nudges every step of the answer towards safety.</li>'
-    '<li class="order-sapt"><b>SAPT</b> watches as it is written; alarmed, it injects a safety reminder. Revision stays on.</li>'
+    '<li class="order-sapt"><b>SAPT</b> watches as it is written; alarmed, it injects a reminder. '
+    "Revision stays on.</li>"
     "</ol><p class='order-none' hidden>No defense is on: only the undefended answer will run.</p></div>"
 )
 
 _EXPLANATIONS = (
     (
-        "sasa", "SASA", "before the first word",
+        "sasa",
+        "SASA",
+        "before the first word",
         "Inside the model, an early “safety” block and a later block that has understood the request look at it "
         "differently. SASA projects the early block’s state onto the later one, so that safety gets to see what "
         "the request means, then a small probe reads off how harmful it is. At or above the threshold the "
         "answer is a refusal; below it the model answers exactly as it would have undefended.",
     ),
     (
-        "revision", "Activation revision", "at every step",
+        "revision",
+        "Activation revision",
+        "at every step",
         "From pairs of safe and unsafe answers to the same question one learns a direction in the model’s inner "
         "state that points from unsafe to safe. Revision adds a little of it (α) at one block, at every step. "
         "Too little changes nothing, too much makes the model babble: the slider shows both.",
     ),
     (
-        "sapt", "SAPT, the safety reminder", "in mid-sentence",
+        "sapt",
+        "SAPT, the safety reminder",
+        "in mid-sentence",
         "Four trained “soft” tokens, which are no words, are slipped in behind what was written so far. A detector "
         "reads the state they produce. Not alarmed, they are taken out as if nothing had happened; alarmed, they "
         "stay, and the model turns to a refusal from there. What was already written stays visible and counts.",
     ),
     (
-        "trace", "The trace", "under every answer",
+        "trace",
+        "The trace",
+        "under every answer",
         "A small detector estimates, for every token, how likely the answer so far is turning harmful. It only "
         "watches, the undefended column too. It can be wrong both ways: read it as evidence, not as a verdict.",
     ),
-)  # fmt: skip
+)
 
 
 def header(model: str) -> str:

@@ -7,7 +7,17 @@ import gradio as gr
 from safety.ui.board import STATIC
 from safety.ui.presets import FOLDER
 
-_SANS = ("Inter", "ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
+_SANS = (
+    "Inter",
+    "ui-sans-serif",
+    "system-ui",
+    "-apple-system",
+    "Segoe UI",
+    "Roboto",
+    "Noto Sans",
+    "Liberation Sans",
+    "sans-serif",
+)
 _MONO = ("ui-monospace", "SF Mono", "Cascadia Mono", "Roboto Mono", "DejaVu Sans Mono", "monospace")
 MAX_UPLOAD = "32mb"
 
@@ -43,9 +53,14 @@ def theme() -> gr.themes.Base:
     for key, (light, dark) in both.items():
         settings[key], settings[f"{key}_dark"] = light, dark
     return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=_SANS, font_mono=_MONO).set(
-        block_radius="10px", block_shadow="none", block_border_width="1px", button_large_radius="8px", input_radius="8px",
-        button_primary_border_color="transparent", **settings,
-    )  # fmt: skip
+        block_radius="10px",
+        block_shadow="none",
+        block_border_width="1px",
+        button_large_radius="8px",
+        input_radius="8px",
+        button_primary_border_color="transparent",
+        **settings,
+    )
 
 
 def launch_options() -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""The page on the real engine: a tiny random LVLM always, the miniature where it can be loaded."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from page_browser import browser, opened, start, states, texts, wait_for_end
+from tiny import random_artifacts, tiny_llava
+
+from safety.artifacts import load_artifacts
+from safety.engine import Engine
+from safety.errors import UserError
+from safety.lvlm import load
+from safety.ui.browser import served
+from safety.ui.page import build_page
+
+pytestmark = pytest.mark.browser
+__all__ = ["browser"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def miniature() -> Iterator[Engine]:
+    try:
+        lvlm = load("miniature")
+        yield Engine(lvlm, load_artifacts(lvlm))
+    except UserError as error:
+        pytest.skip(f"the miniature cannot be loaded here: {error}")
+
+
+def test_every_column_of_a_random_model_streams(browser: Any) -> None:
+    lvlm = tiny_llava()
+    with served(build_page(Engine(lvlm, random_artifacts(lvlm)))) as address, opened(browser, address) as page:
+        page.click("#separate input")
+        start(page, ".card-run >> nth=0")
+        wait_for_end(page)
+        assert len(states(page)) == 5 and set(states(page)) <= {"done", "refused"}
+        assert all(texts(page))
+        assert page.locator("svg.trace .line").count() == 5 and page.locator("svg.trace .check").count() >= 1
+        assert not page.is_visible(".notice")
+
+
+@pytest.mark.miniature
+def test_the_miniature_answers_on_the_page(browser: Any, miniature: Engine) -> None:
+    with served(build_page(miniature)) as address, opened(browser, address) as page:
+        page.click("#advanced button")
+        page.fill("#advanced input[type=number] >> nth=0", "24")
+        page.keyboard.press("Tab")
+        start(page, ".card-run >> nth=0")
+        page.wait_for_function("document.querySelectorAll('.lane .token').length > 2", timeout=60_000)
+        early = texts(page)
+        wait_for_end(page, 120_000)
+        assert len(states(page)) == 2 and set(states(page)) <= {"done", "refused"}
+        assert all(len(late) >= len(soon) and late for late, soon in zip(texts(page), early, strict=True))
+        assert "tokens/s" in page.locator(".speed").first.inner_text()
