@@ -165,7 +165,9 @@ class _Run:
             logits = self.lvlm.logits(hidden)
             trace = self.artifacts.trace
             harm = trace.probe.probability(hidden).tolist() if trace else [None] * len(self.rows)
-            alive, tokens, checks = [], [], []
+            alive: list[int] = []
+            tokens: list[int | None] = []
+            checks: list[bool] = []
             for number, row in enumerate(self.rows):
                 token = self._choose(row, logits[number])
                 if token in self.lvlm.eos_ids and row.watch and row.watch.due_at_end(len(row.ids)):
@@ -336,7 +338,7 @@ class _Run:
                 added.setdefault(key, row.delta.new_zeros(len(rows), 1, len(row.delta)))[number, 0] = row.delta
         with hooks() as add:
             for (layer, level), tensor in added.items():
-                add(revision.register(self.lvlm, layer, level, lambda tensor=tensor: tensor[window.rows]))
+                add(revision.register(self.lvlm, layer, level, tensor, window))
             for number, row in enumerate(rows):
                 if row.band:
                     row.band.hook(number, len(rows), window, add)

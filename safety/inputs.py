@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from safety.errors import UserError
@@ -60,8 +61,7 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
         # Convert() would clip 16-bit greys to white: scale them to eight bits instead.
-        brightest = image.getextrema()[1]
-        top = 65535.0 if image.mode.startswith("I;16") or brightest > 255 else 255.0
+        top = 65535.0 if image.mode.startswith("I;16") or np.asarray(image).max() > 255 else 255.0
         image = image.convert("F").point(lambda value: value * (255.0 / top)).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

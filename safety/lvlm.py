@@ -4,6 +4,8 @@ Everything else speaks of *blocks* (decoder layers, counted from 0), the *norm* 
 embedding and the prompt's prefill; where those live in a Hugging Face model is decided here.
 """
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
@@ -53,7 +55,7 @@ class LVLM:
     """A loaded model, its processor and the names of its parts. `lock` serialises runs: hooks are model state."""
 
     name: str
-    model: nn.Module
+    model: Any  # a transformers model; its parts are reached by name, which types cannot follow
     processor: Any
     quantization: str = "none"
     revision: str = ""
@@ -64,9 +66,9 @@ class LVLM:
         self.tokenizer = self.processor.tokenizer
         self.config = self.model.config.get_text_config()
         self.decoder = self.model.get_decoder()
-        self.layers: nn.ModuleList = self.decoder.layers
-        self.embed: nn.Module = self.model.get_input_embeddings()
-        self.lm_head: nn.Module = self.model.get_output_embeddings()
+        self.layers: Any = self.decoder.layers
+        self.embed: Any = self.model.get_input_embeddings()
+        self.lm_head: Any = self.model.get_output_embeddings()
         self.blocks: int = self.config.num_hidden_layers
         self.width: int = self.config.hidden_size
         self.heads: int = self.config.num_attention_heads
@@ -87,7 +89,7 @@ class LVLM:
         number = self.quantization if self.quantization != "none" else str(self.embed.weight.dtype).rpartition(".")[2]
         return f"{self.name} · {number} · {self.device.type}"
 
-    def attention_output(self, block: int) -> nn.Module:
+    def attention_output(self, block: int) -> Any:
         """The output projection of a block's attention; its input is [batch, positions, heads * head_dim]."""
         return self.layers[block].self_attn.o_proj
 
@@ -196,9 +198,26 @@ def load(name: str = MINIATURE, quantization: str | None = None,
         raise UserError(f"Quantization must be one of {', '.join(QUANTIZATIONS)}, but it is {quantization!r}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name == MINIATURE:
-        from safety.mini import serve
-        return serve(quantization, device, progress)
+        return _load_miniature(quantization, device, progress)
     return _load_hub(name, quantization or ("nf4" if device == "cuda" else "none"), progress)
+
+
+def _load_miniature(quantization: str | None, device: str, progress: Callable[[str], None]) -> LVLM:
+    from safety.mini.assemble import ARTIFACT, CONFIG, load_miniature
+    from safety.quantize import Int8Linear, int8_is_faster, quantize_linears
+    if quantization is None:
+        quantization = "bf16" if device == "cuda" else "int8" if int8_is_faster() else "none"
+    if quantization == "nf4" or (quantization == "int8" and device == "cuda"):
+        raise UserError(f"The miniature is too small for {quantization} on {device}. "
+                        "Use --quantization none or bf16, or int8 on a CPU.")
+    progress("Loading the miniature LVLM …")
+    model, processor = load_miniature(torch.bfloat16 if quantization == "bf16" else torch.float32, device)
+    if quantization == "int8":
+        quantize_linears(model.get_decoder())
+        model.lm_head = Int8Linear(model.lm_head)
+    files = json.loads((ARTIFACT / CONFIG).read_text())["files"]
+    revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+    return LVLM(MINIATURE, model, processor, quantization, revision)
 
 
 def _load_hub(name: str, quantization: str, progress: Callable[[str], None]) -> LVLM:

@@ -95,7 +95,8 @@ def test_chosen_blocks_follow_the_curves():
 
 def test_soft_prompt_losses_equal_an_uncached_forward_pass_and_training_lowers_them(lvlm):
     recipe = soft_prompt.Recipe(length=3, epochs=20, learning_rate=0.02)
-    lessons = [soft_prompt.Lesson("bad one", None, "sure here", "No."), soft_prompt.Lesson("good", None, "yes ok", None),
+    lessons = [soft_prompt.Lesson("bad one", None, "sure here", "No."),
+               soft_prompt.Lesson("good", None, "yes ok", None),
                soft_prompt.Lesson("bad two", None, "sure thing", "No."), soft_prompt.Lesson("nice", None, "fine", None)]
     module = soft_prompt.SoftPrompt(lvlm, 3)
     rng = random.Random(3)

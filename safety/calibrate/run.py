@@ -133,7 +133,9 @@ class _Calibration:
                 features = activations.read(self.lvlm, sample.prompt, sample.image, answer)
                 sides[f"{side}_layers"].append(features.layers)
                 sides[f"{side}_heads"].append(features.heads)
-        artifacts.revision = vectors.fit_revision(**{name: torch.stack(rows) for name, rows in sides.items()})
+        artifacts.revision = vectors.fit_revision(
+            torch.stack(sides["safe_layers"]), torch.stack(sides["unsafe_layers"]),
+            torch.stack(sides["safe_heads"]), torch.stack(sides["unsafe_heads"]))
         artifacts.settings.revision, scores = self._choose_revision(artifacts)
         best = artifacts.revision.accuracy[artifacts.settings.revision.layer]
         return {"pairs": len(pairs), "construction": "Multi-Response", "vector": "mms",
@@ -143,9 +145,11 @@ class _Calibration:
         harmful = [s for i, s in enumerate(self.samples) if self.validation[i] and self.complied[i]][:24]
         benign = [s for i, s in enumerate(self.samples) if self.validation[i] and not s.unsafe and s.image][:24]
         depths = sorted({round(share * self.lvlm.blocks) for share in (0.3, 0.4, 0.5, 0.6, 0.7)})
-        candidates = [Revision(layer, alpha, level) for level, alphas in (("head", (2.0, 5.0, 10.0)),
-                      ("layer", (0.5, 1.0, 2.0))) for layer in depths for alpha in alphas]  # type: ignore[arg-type]
-        engine, scores = Engine(self.lvlm, Artifacts(revision=artifacts.revision)), []
+        candidates = [Revision(layer, alpha, "head") for layer in depths for alpha in (2.0, 5.0, 10.0)]
+        candidates += [Revision(layer, alpha, "layer") for layer in depths for alpha in (0.5, 1.0, 2.0)]
+        engine = Engine(self.lvlm, Artifacts(revision=artifacts.revision))
+        scores: list[dict[str, Any]] = []
+        safe: list[float] = []
         with tqdm(total=len(candidates), desc="revision settings") as bar:
             for start in range(0, len(candidates), 6):
                 part = candidates[start:start + 6]
@@ -155,13 +159,13 @@ class _Calibration:
                     refused = np.mean([row[number].refused for row in answers[:len(harmful)]])
                     helped = np.mean([not row[number].refused and not trial.is_garbage(row[number].text)
                                       for row in answers[len(harmful):]])
+                    safe.append(float(refused + helped))
                     scores.append({"level": candidate.level, "layer": candidate.layer, "alpha": candidate.alpha,
                                    "harmful_refused": round(float(refused), 3),
                                    "benign_helped": round(float(helped), 3)})
                 bar.update(len(part))
         # Helpfulness is worth as much as safety; the gentler of two equals wins.
-        best = max(range(len(candidates)), key=lambda i: (scores[i]["harmful_refused"] + scores[i]["benign_helped"],
-                                                          -candidates[i].alpha))
+        best = max(range(len(candidates)), key=lambda i: (safe[i], -candidates[i].alpha))
         return candidates[best], scores
 
     def sasa(self, artifacts: Artifacts) -> dict[str, Any]:
@@ -238,7 +242,8 @@ class _Calibration:
     def sapt(self, artifacts: Artifacts) -> dict[str, Any]:
         """Soft prompt and joint detector, then the frozen detector on text-only instructions."""
         refusals = dict(self._pairs())
-        lessons, checks = [], []
+        lessons: list[soft_prompt.Lesson] = []
+        checks: list[soft_prompt.Lesson] = []
         for index, sample in enumerate(self.samples):
             if sample.unsafe and index not in refusals:
                 continue
@@ -258,7 +263,7 @@ class _Calibration:
         text = {label: [s.prompt for s in self.samples if not s.image and s.unsafe == label] for label in (True, False)}
         if min(map(len, text.values())) >= 8:
             artifacts.sapt.detectors["frozen"] = soft_prompt.frozen_detector(self.lvlm, soft, text[True], text[False])
-        scores = {"harmful": [], "benign": []}  # type: dict[str, list[float]]
+        scores: dict[str, list[float]] = {"harmful": [], "benign": []}
         for lesson in tqdm(checks, desc="detector check"):
             half = lesson.answer[:len(lesson.answer) // 2]
             state_ = soft_prompt.soft_state(self.lvlm, soft, lesson.prompt, lesson.image, half)

@@ -1,12 +1,11 @@
 """Internal activation revision (arXiv 2501.16378): add alpha * r, r pointing from unsafe to safe activations."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from safety.artifacts import RevisionArtifact
+from safety.defenses import Window
 from safety.lvlm import LVLM
 from safety.settings import Revision
 
@@ -32,13 +31,15 @@ def chosen_heads(settings: Revision, artifact: RevisionArtifact) -> list[int]:
     return accuracy.argsort(descending=True, stable=True)[:count].tolist()
 
 
-def register(lvlm: LVLM, layer: int, level: str, added: Callable[[], Tensor]) -> RemovableHandle:
-    """Hook the revised module of one forward pass; `added()` -> [rows, 1, features], zero for rows left alone.
+def register(lvlm: LVLM, layer: int, level: str, added: Tensor, window: Window) -> RemovableHandle:
+    """Hook the revised module of one forward pass; `added` [rows, 1, features] is zero for rows left alone, and
+    `window` tells which of the rows the module computes.
 
     Layer level adds to the block's output (the residual stream after its MLP), head level to the input of the
     attention's output projection. The edit is out of place, in the activation's own device and dtype.
     """
     if level == "layer":
-        return lvlm.layers[layer].register_forward_hook(lambda module, args, output: output + added().to(output))
+        return lvlm.layers[layer].register_forward_hook(
+            lambda module, args, output: output + added[window.rows].to(output))
     return lvlm.attention_output(layer).register_forward_pre_hook(
-        lambda module, args: (args[0] + added().to(args[0]),))
+        lambda module, args: (args[0] + added[window.rows].to(args[0]),))

@@ -1,0 +1,70 @@
+"""Int8 on the CPU, for the miniature: weights per output channel, activations per row.
+
+Per row, so that a lane's numbers do not depend on the company it keeps: torch's own dynamic quantiser takes one
+activation scale over the whole batch. (torchao has per-row scales too; its CPU path measured four times slower.)
+"""
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+SEPARATE_ROWS = 6  # up to here, matrix-vector products one by one beat one thin matrix product
+
+
+class Int8Linear(nn.Module):
+    """A linear layer without bias, y = x W^T, in int8; inference only.
+
+    Each row of x is scaled to [-127, 127] by its own largest value; products add up exactly in int32.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(1e-8) / 127
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))  # [out, in]
+        self.register_buffer("scale", scale)  # [out]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] float -> [..., out], same dtype."""
+        rows = x.reshape(-1, self.in_features).float()
+        step = rows.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+        whole = (rows / step).round().to(torch.int8)
+        matrix = self.weight.t()
+        if len(whole) <= SEPARATE_ROWS:
+            product = torch.cat([torch._int_mm(row[None], matrix) for row in whole])
+        else:
+            product = torch._int_mm(whole, matrix)
+        return (product * step * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def quantize_linears(module: nn.Module) -> None:
+    """Replace every bias-free nn.Linear inside `module` by its int8 version, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear) and child.bias is None:
+            setattr(module, name, Int8Linear(child))
+        else:
+            quantize_linears(child)
+
+
+def int8_is_faster(width: int = 576, hidden: int = 1536, layers: int = 24) -> bool:
+    """Measure it here, on the work of a decoding step: one row and four rows through layers of the miniature's size."""
+    plain = [nn.Linear(width, hidden, bias=False) for _ in range(layers)]
+    small = [Int8Linear(layer) for layer in plain]
+
+    @torch.inference_mode()
+    def seconds(stack: list) -> float:
+        best = float("inf")
+        for _ in range(4):  # the first round warms up; the best of the others is the least disturbed
+            began = time.perf_counter()
+            for rows in (1, 4):
+                x = torch.ones(rows, width)
+                for layer in stack:
+                    layer(x)
+            best = min(best, time.perf_counter() - began)
+        return best
+    return seconds(small) < seconds(plain)

@@ -1,0 +1,120 @@
+"""Artifacts: saved and loaded as they were, and refused with a reason when they do not fit."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from tiny import random_artifacts, tiny_llava
+
+from safety.artifacts import load_artifacts, save_artifacts
+from safety.errors import UserError
+from safety.settings import Lane, Sapt, Sasa
+
+
+@pytest.fixture(scope="module")
+def lvlm():
+    return tiny_llava()
+
+
+@pytest.fixture
+def folder(lvlm, tmp_path):
+    save_artifacts(random_artifacts(lvlm), lvlm, tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_saved_artifacts_come_back_equal(lvlm, folder):
+    before, after = random_artifacts(lvlm), load_artifacts(lvlm, folder)
+    assert after.settings == before.settings and after.about == before.about
+    assert after.sasa.pairs == before.sasa.pairs == [(1, 3), (2, 4)]
+    assert torch.equal(after.sasa.probes[1, 3].weight, before.sasa.probes[1, 3].weight)
+    assert torch.equal(after.sasa.clean.bias, before.sasa.clean.bias)
+    assert all(torch.equal(after.revision.vectors[name], v) for name, v in before.revision.vectors.items())
+    assert torch.equal(after.sapt.soft, before.sapt.soft)
+    assert torch.equal(after.sapt.detectors["frozen"].weight, before.sapt.detectors["frozen"].weight)
+    assert after.trace.threshold == before.trace.threshold
+
+
+@pytest.mark.parametrize("name", ["sasa.safetensors", "revision.safetensors", "sapt.safetensors", "trace.safetensors"])
+def test_a_flipped_byte_or_a_missing_file_is_noticed(lvlm, folder, name):
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} does not match its checksum"):
+        load_artifacts(lvlm, folder)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        load_artifacts(lvlm, folder)
+
+
+def test_another_model_is_named(lvlm, folder):
+    with pytest.raises(UserError, match="blocks is 6 there and 7 here"):
+        load_artifacts(tiny_llava(layers=7), folder)
+
+
+def resign(folder, name, change):
+    """Change a tensor file and its checksum with it: the content itself must be checked too."""
+    import hashlib
+    tensors = safetensors.torch.load_file(folder / name)
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / name)
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    edit_config(folder, lambda config: config["files"].__setitem__(name, digest))
+
+
+def test_infinite_values_and_wrong_shapes_are_refused(lvlm, folder):
+    resign(folder, "sapt.safetensors", lambda t: t["soft"].__setitem__((0, 0), float("nan")))
+    with pytest.raises(UserError, match="not finite in 'soft'"):
+        load_artifacts(lvlm, folder)
+    resign(folder, "sapt.safetensors", lambda t: t.__setitem__("soft", torch.zeros(3, 65)))
+    with pytest.raises(UserError, match=r"'soft' has shape \(3, 65\)"):
+        load_artifacts(lvlm, folder)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c.pop("fingerprint"), lambda c: c.update(files=7), lambda c: c["settings"].update(sapt={"cheese": 1}),
+    lambda c: c["settings"]["sapt"].update(threshold="high"), lambda c: c["settings"]["revision"].update(layer=77),
+    lambda c: c["settings"].pop("sapt"), lambda c: c.update(format=99),
+    lambda c: c["files"].__setitem__("../../etc/passwd", "0")])
+def test_a_tampered_config_is_refused(lvlm, folder, change):
+    edit_config(folder, change)
+    with pytest.raises(UserError):
+        load_artifacts(lvlm, folder)
+
+
+def test_a_config_that_is_not_json_and_a_missing_folder_are_refused(lvlm, folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        load_artifacts(lvlm, folder)
+    with pytest.raises(UserError, match="missing"):
+        load_artifacts(lvlm, folder / "nowhere")
+
+
+def test_standard_lanes(lvlm):
+    artifacts = random_artifacts(lvlm)
+    none, everything = artifacts.standard_lanes("none, all")
+    assert none == Lane("none")
+    assert (everything.sasa, everything.revision, everything.sapt) == (
+        artifacts.settings.sasa, artifacts.settings.revision, artifacts.settings.sapt)
+    for names, message in (("", "at least one"), ("none,none", "different names"), ("none,magic", "'magic'")):
+        with pytest.raises(UserError, match=message):
+            artifacts.standard_lanes(names)
+
+
+def test_lanes_that_the_artifacts_cannot_serve_are_refused(lvlm):
+    artifacts = random_artifacts(lvlm)
+    artifacts.sapt.detectors.pop("frozen")
+    with pytest.raises(UserError, match="no 'frozen' detector"):
+        artifacts.check(Lane("l", sapt=Sapt(detector="frozen")), lvlm.blocks)
+    with pytest.raises(UserError, match="no probe for the layers 0 and 1"):
+        artifacts.check(Lane("l", sasa=Sasa(0, 1)), lvlm.blocks)
+    artifacts.sasa = None
+    with pytest.raises(UserError, match="no artifacts"):
+        artifacts.check(Lane("l", sasa=Sasa(1, 3)), lvlm.blocks)

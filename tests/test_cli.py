@@ -1,0 +1,117 @@
+"""python -m safety generate, on a tiny model."""
+
+import json
+
+import pytest
+from PIL import Image
+from tiny import random_artifacts, tiny_llava
+
+from safety import __main__ as cli
+from safety.artifacts import save_artifacts
+from safety.errors import UserError
+from safety.refusal import refusal_start
+from safety.transcript import Answer, Event, Step
+
+
+@pytest.fixture(scope="module")
+def lvlm():
+    return tiny_llava()
+
+
+@pytest.fixture
+def generate(lvlm, tmp_path, monkeypatch, capsys):
+    """Run the command with the tiny model and its artifacts; returns (status, stdout, stderr)."""
+    save_artifacts(random_artifacts(lvlm), lvlm, tmp_path / "artifacts")
+    monkeypatch.setattr(cli, "_load", lambda arguments: lvlm)
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        status = cli.main(["generate", "--artifacts", str(tmp_path / "artifacts"), "--max-new-tokens", "6", *flags])
+        return status, *capsys.readouterr()
+    return run
+
+
+def test_json_has_the_documented_schema(generate, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    status, out, _ = generate("--image", str(tmp_path / "a.png"), "--prompt", "What?", "--json",
+                              "--lanes", "none,sasa,revision,sapt,all")
+    assert status == 0
+    result = json.loads(out)
+    assert result["model"] == "tiny" and result["prefill_seconds"] > 0
+    assert [lane["name"] for lane in result["lanes"]] == ["none", "sasa", "revision", "sapt", "all"]
+    for lane in result["lanes"]:
+        assert {"name", "text", "tokens", "harm", "events", "refused", "seconds"} <= set(lane)
+        assert "".join(lane["tokens"]) == lane["text"] and len(lane["harm"]) == len(lane["tokens"])
+        assert lane["seconds"] > 0 and isinstance(lane["refused"], bool)
+    assert result["lanes"][1]["events"][0]["type"] == "gate" and result["lanes"][1]["events"][0]["token"] == 0
+
+
+def test_plain_output_shows_each_lane(generate):
+    status, out, _ = generate("--prompt", "What?", "--lanes", "none,sapt")
+    assert status == 0 and "── none ──" in out and "── sapt ──" in out
+
+
+def test_many_requests_come_back_in_order_and_a_bad_one_costs_only_itself(generate, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    rows = [{"prompt": "one"}, {"prompt": "two", "image": "a.png"}, {"prompt": "three", "image": "bad.png"},
+            {"prompt": "one"}]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    status, out, err = generate("--requests", str(tmp_path / "r.jsonl"), "--lanes", "none")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 2 and len(lines) == 4 and "line 3" in err
+    assert "could not be read as a picture" in lines[2]["error"]
+    assert lines[0]["lanes"][0]["text"] == lines[3]["lanes"][0]["text"] != lines[1]["lanes"][0]["text"]
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--prompt", " "], "empty"), (["--prompt", "a", "--lanes", "magic"], "magic"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "new tokens"),
+    (["--prompt", "a", "--temperature", "nan"], "Temperature"),
+    (["--prompt", "a", "--image", "no-such.png"], "not found"), (["--requests", "no-such.jsonl"], "could not be read")])
+def test_bad_flags_give_a_sentence_and_status_2(generate, flags, message):
+    status, out, err = generate(*flags)
+    assert status == 2 and message in err and "Traceback" not in err and not out
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"prompt": "a", "image": 3}', "not json"])
+def test_bad_request_files_are_refused(tmp_path, text):
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(UserError):
+        cli._read_requests(tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize("text", [
+    "I'm sorry, but I can't help with that.", "I’m sorry, I can’t do this.", "Well. I cannot assist with that request.",
+    "I am not able to help with that.", "I won't help you.", "As an AI, I do not give such advice.",
+    "I must decline.", "Sorry, but I can't help with this."])
+def test_refusals_are_seen(text):
+    assert refusal_start(text) is not None
+
+
+@pytest.mark.parametrize("text", [
+    "Bread is made from flour.", "I can help with that.", "You can't help but smile.", "The train was late. Sorry!",
+    "I will not be at home, so I put the key under the mat.", "She said he cannot help.", "It is legal to do so."])
+def test_ordinary_answers_are_not_refusals(text):
+    assert refusal_start(text) is None
+
+
+def answer_of(tokens, harm, events=()):
+    answer = Answer("lane", 0.9)
+    for index, (token, p) in enumerate(zip(tokens, harm, strict=True)):
+        last = index == len(tokens) - 1
+        mine = tuple(event for event in events if event.token == index)
+        answer.add(Step(0, 0, index, 1, token, p, mine, "length" if last else None, 0.1 * (index + 1), 0.1))
+    return answer
+
+
+def test_answers_sum_themselves_up():
+    tokens = ["Mix", " it", ".", " I", "'m", " sorry", ",", " no"]
+    harm = [0.1, 0.95, 0.97, 0.3, 0.2, 0.1, 0.1, 0.1]
+    fired = [Event("check", 3, 0.97, 0.9, True), Event("injection", 3, 0.97, 0.9, True)]
+    answer = answer_of(tokens, harm, fired)
+    assert answer.refused and answer.refusal_token == 3 and answer.crossed == 1
+    assert answer.summary() == "Crossed 0.90 at token 1; 1 injection; refusal began at 3."
+    assert answer_of(["Hi", "!"], [0.1, 0.2]).summary() == "Stayed below 0.90 in 2 tokens; no refusal."
+    gate = answer_of(["I'm sorry"], [0.1], [Event("gate", 0, 0.97, 0.5, True)])
+    assert gate.summary() == "SASA refused before the first token: P(harm) 0.97 ≥ 0.50."
+    assert answer.tokens_per_second == pytest.approx(8 / 0.7)

@@ -1,0 +1,33 @@
+"""Int8 on the CPU: close to fp32, and a row's numbers do not depend on the other rows."""
+
+import torch
+from tiny import random_artifacts, tiny_llava
+from torch import nn
+
+from safety.engine import Engine
+from safety.quantize import Int8Linear, quantize_linears
+from safety.settings import Lane, Revision, Sapt, Sasa
+
+
+def test_int8_is_close_to_fp32_and_rows_are_independent():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96, bias=False)
+    quantised = Int8Linear(linear)
+    x = torch.randn(3, 7, 64) * torch.tensor([0.01, 1.0, 100.0])[:, None, None]
+    with torch.inference_mode():
+        expected, got = linear(x), quantised(x)
+        assert ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 0.03
+        for row in range(3):  # a thousand times larger neighbours change nothing, nor does the number of rows
+            assert torch.equal(got[row], quantised(x[row]))
+            assert torch.equal(got[row, :2], quantised(x[row, :2]))
+
+
+def test_lanes_of_an_int8_model_equal_the_same_lanes_alone():
+    lvlm = tiny_llava()
+    quantize_linears(lvlm.decoder)
+    engine = Engine(lvlm, random_artifacts(lvlm))
+    lanes = [Lane("none"), Lane("a", Sasa(2, 4, threshold=1.0), Revision(3, alpha=0.5), Sapt(0.0, 5)),
+             Lane("b", sasa=Sasa(1, 3, mode="project"))]
+    together = [answer.text for answer in engine.answer("Hello there", lanes=lanes, max_new_tokens=20)]
+    assert together == [engine.answer("Hello there", lanes=[lane], max_new_tokens=20)[0].text for lane in lanes]
+    assert len(set(together)) == 3
