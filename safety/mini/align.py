@@ -67,7 +67,7 @@ def fast_dtype() -> torch.dtype:
     return min(times, key=lambda dtype: times[dtype])
 
 
-def encode(tokenizer: Any, prompt: str, answer: str, limit: int = 64) -> Example:
+def encode(tokenizer: Any, prompt: str, answer: str, limit: int = 48) -> Example:
     """Tokenise one turn, at most ``limit`` answer tokens: the first ones decide whether the model answers or refuses.
 
     An answer that is cut, or that stops in the middle of a list, gets no end token.
