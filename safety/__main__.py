@@ -32,8 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "generate":
             return _generate(arguments)
         if arguments.command == "calibrate":
-            # Training needs gradients, and vectors should not carry rounding noise: full precision unless asked for.
-            arguments.quantization = arguments.quantization or "none"
             return calibration.run(_load(arguments), arguments)
         if arguments.command == "bench":
             from safety.bench import run as run_bench

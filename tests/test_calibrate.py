@@ -100,7 +100,7 @@ def test_soft_prompt_losses_equal_an_uncached_forward_pass_and_training_lowers_t
                soft_prompt.Lesson("bad two", None, "sure thing", "No."), soft_prompt.Lesson("nice", None, "fine", None)]
     module = soft_prompt.SoftPrompt(lvlm, 3)
     rng = random.Random(3)
-    language, detector = soft_prompt.losses(lvlm, module, lessons[0], recipe, rng)
+    language, detector = soft_prompt.losses(lvlm, lvlm, module, lessons[0], recipe, rng)
 
     again = random.Random(3)  # the same prefix, without a cache
     answer = lvlm.tokenizer("sure here", add_special_tokens=False)["input_ids"]
@@ -117,13 +117,13 @@ def test_soft_prompt_losses_equal_an_uncached_forward_pass_and_training_lowers_t
     assert detector.item() == pytest.approx(np.log(2), abs=1e-4)  # the detector starts undecided
 
     rows = []
-    artifact = soft_prompt.train(lvlm, lessons, recipe, rows.append)
+    artifact = soft_prompt.train(lvlm, lvlm, lessons, recipe, rows.append)
     first, last = (np.mean([row["refuse"] for row in part]) for part in (rows[:5], rows[-5:]))
     assert last < first - 0.3
     assert artifact.soft.shape == (3, lvlm.width)
     saved = []
-    soft_prompt.train(lvlm, lessons, recipe, save=saved.append)
-    resumed = soft_prompt.train(lvlm, lessons, recipe, state=saved[0])
+    soft_prompt.train(lvlm, lvlm, lessons, recipe, save=saved.append)
+    resumed = soft_prompt.train(lvlm, lvlm, lessons, recipe, state=saved[0])
     assert torch.allclose(resumed.soft, artifact.soft, atol=1e-5)
 
 

@@ -27,13 +27,14 @@ from safety.detector import fit_probe
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.inputs import open_image
-from safety.lvlm import LVLM, MINIATURE
+from safety.lvlm import LVLM, MINIATURE, load
+from safety.quantize import Int8Linear
 from safety.refusal import refusal_start
 from safety.settings import Lane, Revision, Sapt, Sasa
 from safety.statistics import conformal_threshold
 
 PARTS = ("sasa", "revision", "sapt", "trace")
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 56
 PER_SCENARIO = 10  # samples of each scenario for SASA's probe, as in the paper
 FALSE_ALARMS = 0.05
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="samples (JSONL, see the README); the miniature brings its own")
     parser.add_argument("--out", type=Path, help="where the artifacts go (default artifacts/<model>/defenses)")
     parser.add_argument("--work", type=Path, help="intermediate results, taken up again (default build/calibrate/…)")
-    parser.add_argument("--per-kind", type=int, default=160, help="the miniature's samples of each kind (default 160)")
+    parser.add_argument("--per-kind", type=int, default=120, help="the miniature's samples of each kind (default 120)")
     for part in PARTS:
         parser.add_argument(f"--{part}", action="store_true", help=f"fit {part} (default: everything)")
 
@@ -59,7 +60,7 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
         samples, held_out = read_samples(arguments.data), []
     elif lvlm.name == MINIATURE:
         samples = miniature_samples(work / "images", "train", arguments.per_kind)
-        held_out = miniature_samples(work / "images", "heldout", 60)
+        held_out = miniature_samples(work / "images", "heldout", 40)
     else:
         raise UserError("Give --data: only the miniature brings samples of its own.")
     write_samples(samples, work / "samples.jsonl")
@@ -144,9 +145,9 @@ class _Calibration:
     def _choose_revision(self, artifacts: Artifacts) -> tuple[Revision, list[dict[str, Any]]]:
         harmful = [s for i, s in enumerate(self.samples) if self.validation[i] and self.complied[i]][:24]
         benign = [s for i, s in enumerate(self.samples) if self.validation[i] and not s.unsafe and s.image][:24]
-        depths = sorted({round(share * self.lvlm.blocks) for share in (0.3, 0.4, 0.5, 0.6, 0.7)})
-        candidates = [Revision(layer, alpha, "head") for layer in depths for alpha in (2.0, 5.0, 10.0)]
-        candidates += [Revision(layer, alpha, "layer") for layer in depths for alpha in (0.5, 1.0, 2.0)]
+        depths = sorted({round(share * self.lvlm.blocks) for share in (0.35, 0.5, 0.65, 0.8)})
+        candidates = [Revision(layer, alpha, "head") for layer in depths for alpha in (2.0, 6.0)]
+        candidates += [Revision(layer, alpha, "layer") for layer in depths for alpha in (0.5, 1.0)]
         engine = Engine(self.lvlm, Artifacts(revision=artifacts.revision))
         scores: list[dict[str, Any]] = []
         safe: list[float] = []
@@ -173,10 +174,11 @@ class _Calibration:
         features = self._prompt_features()
         unsafe = np.array([sample.unsafe for sample in self.samples])
         images = [i for i, s in enumerate(self.samples) if s.image]
-        text = {label: [s.prompt for s in self.samples if not s.image and s.unsafe == label][:24]
+        text = {label: [s.prompt for s in self.samples if not s.image and s.unsafe == label][:16]
                 for label in (True, False)}
-        if min(map(len, text.values())) < 8:  # samples with images only: read the carrier-free way
-            text = {label: [s.prompt for s in self.samples if s.unsafe == label][:24] for label in (True, False)}
+        if min(map(len, text.values())) < 8:
+            raise UserError("SASA ranks heads on text requests: give at least 8 safe and 8 unsafe samples "
+                            "without an image.")
         with tqdm(total=2 * self.lvlm.blocks * self.lvlm.heads, desc="safety heads") as bar:
             harmful = layers.head_importance(self.lvlm, text[True], lambda: bar.update() and None)
             ordinary = layers.head_importance(self.lvlm, text[False], lambda: bar.update() and None)
@@ -257,7 +259,7 @@ class _Calibration:
                 bar.total, bar.n = int(row["steps"]), int(row["step"])
                 bar.set_postfix_str(f"refuse {row['refuse']:.2f} benign {row['benign']:.2f} "
                                     f"detector {row['detector']:.2f}")
-            artifacts.sapt = soft_prompt.train(self.lvlm, lessons, report=report, state=state,
+            artifacts.sapt = soft_prompt.train(self.lvlm, self._trainable(), lessons, report=report, state=state,
                                                save=lambda state: torch.save(state, path))
         soft = artifacts.sapt.soft
         text = {label: [s.prompt for s in self.samples if not s.image and s.unsafe == label] for label in (True, False)}
@@ -276,6 +278,12 @@ class _Calibration:
                 "recall_at_0.9": round(float(np.mean(np.array(scores["harmful"]) >= 0.9)), 4),
                 "false_alarms_at_0.9": round(float(np.mean(np.array(scores["benign"]) >= 0.9)), 4),
                 "threshold_at_5_percent_false_alarms": None if np.isinf(alarm) else round(alarm, 4)}
+
+    def _trainable(self) -> LVLM:
+        """The same weights in a number format that gradients can pass through."""
+        if any(isinstance(module, Int8Linear) for module in self.lvlm.model.modules()):
+            return load(self.lvlm.name, "none")
+        return self.lvlm
 
     def trace(self, artifacts: Artifacts) -> dict[str, Any]:
         """Per-token probe on the states from which the tokens of whole answers were chosen."""

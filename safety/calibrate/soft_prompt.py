@@ -2,7 +2,8 @@
 
 L = L_refuse + alpha L_benign + beta L_detector: behind a harmful prefix of random length (empty for one third) the
 soft prompt leads to a refusal, behind a benign one to its own continuation; the detector reads the state of the last
-soft token. The model is frozen, and what stands before the soft prompt needs no gradient: it is a cache.
+soft token. The model is frozen, and what stands before the soft prompt needs no gradient: it is a cache, made by the
+model as it is served, while gradients pass through a copy of the same weights in a differentiable number format.
 """
 
 import random
@@ -69,8 +70,12 @@ class SoftPrompt(nn.Module):
         return SaptArtifact(self.soft.detach().clone(), {"joint": probe})
 
 
-def losses(lvlm: LVLM, module: SoftPrompt, lesson: Lesson, recipe: Recipe, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """(cross-entropy of the target behind the soft prompt, detector loss) of one lesson with a random prefix."""
+def losses(lvlm: LVLM, trainable: LVLM, module: SoftPrompt, lesson: Lesson, recipe: Recipe,
+           rng: random.Random) -> tuple[Tensor, Tensor]:
+    """(cross-entropy of the target behind the soft prompt, detector loss) of one lesson with a random prefix.
+
+    `lvlm` reads the prefix; gradients pass through `trainable`, which may be the same model.
+    """
     answer = lvlm.tokenizer(lesson.answer, add_special_tokens=False)["input_ids"]
     end = [min(lvlm.eos_ids)] if lvlm.eos_ids else []
     cut = 0 if rng.random() < recipe.empty_share else rng.randint(1, len(answer)) if answer else 0
@@ -81,12 +86,12 @@ def losses(lvlm: LVLM, module: SoftPrompt, lesson: Lesson, recipe: Recipe, rng: 
     target = target[:recipe.target_tokens]
     cache = _prefix_cache(lvlm, lesson, answer[:cut])
     ids = torch.tensor([target], device=lvlm.device)
-    embeds = torch.cat([module.soft[None], lvlm.embed(ids[:, :-1]).float()], 1).to(lvlm.embed.weight.dtype)
-    states = lvlm.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state[0]
+    embeds = torch.cat([module.soft[None], lvlm.embed(ids[:, :-1]).float()], 1).to(trainable.embed.weight.dtype)
+    states = trainable.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state[0]
     behind = states[recipe.length - 1:]  # the last soft token, then every target token but the last
     logit = behind[0].float() @ module.weight + module.bias
     harmful = torch.full_like(logit, float(lesson.refusal is not None))
-    return (cross_entropy(lvlm.lm_head(behind).float(), ids[0]),
+    return (cross_entropy(trainable.lm_head(behind).float(), ids[0]),
             binary_cross_entropy_with_logits(logit, harmful))
 
 
@@ -98,17 +103,18 @@ def _prefix_cache(lvlm: LVLM, lesson: Lesson, ids: list[int]) -> DynamicCache:
     return cache
 
 
-def train(lvlm: LVLM, lessons: Sequence[Lesson], recipe: Recipe = Recipe(),
+def train(lvlm: LVLM, trainable: LVLM, lessons: Sequence[Lesson], recipe: Recipe = Recipe(),
           report: Callable[[dict[str, float]], None] = lambda row: None,
           state: dict[str, Any] | None = None, save: Callable[[dict[str, Any]], None] = lambda state: None
           ) -> SaptArtifact:
     """Train on the lessons, half harmful and half benign per batch.
 
     Args:
+        lvlm, trainable: see `losses`.
         report: called with {"step", "steps", "refuse", "benign", "detector"} after every optimiser step.
         state: where to resume from; save: called with such a state every 20 steps.
     """
-    lvlm.model.requires_grad_(False)
+    trainable.model.requires_grad_(False)
     module = SoftPrompt(lvlm, recipe.length)
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     harmful = [lesson for lesson in lessons if lesson.refusal is not None]
@@ -128,7 +134,7 @@ def train(lvlm: LVLM, lessons: Sequence[Lesson], recipe: Recipe = Recipe(),
         optimizer.zero_grad()
         for kind, pool, weight in (("refuse", harmful, 1.0), ("benign", benign, recipe.benign_weight)):
             for lesson in rng.sample(pool, half):
-                language, detector = losses(lvlm, module, lesson, recipe, rng)
+                language, detector = losses(lvlm, trainable, module, lesson, recipe, rng)
                 (weight * language / half + recipe.detector_weight * detector / recipe.batch).backward()
                 totals[kind] += language.item() / half
                 totals["detector"] += detector.item() / recipe.batch

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from safety.errors import UserError
 from safety.mini.base import base_folder, load_base_lm, load_tokenizer, sha256_of
 from safety.mini.lora import merge_lora
 from safety.mini.scenes import PATCH, PATCHES, SIDE
@@ -39,7 +40,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class MiniatureError(RuntimeError):
+class MiniatureError(UserError):
     """The shipped weights are missing, damaged or do not fit; the message says what to do."""
 
 

@@ -27,6 +27,7 @@ from safety.mini.vision import (
 
 CODE_NORM = 24.0  # typical length of a trained reader's state at a word's patch
 NEGATIVES = 4096
+DICTIONARY_CHECKPOINT = "dictionary.pt"
 FILLER = " "  # what a patch without a word says
 
 
@@ -154,7 +155,14 @@ def noisy_codes(book: Tensor, letters: Tensor, part: Tensor, generator: torch.Ge
 
 
 def train_dictionary(
-    tokenizer: Any, embedding: Tensor, lexicon: Lexicon, folder: Path, *, steps: int = 600, seed: int = 0, batch: int = 4096
+    tokenizer: Any,
+    embedding: Tensor,
+    lexicon: Lexicon,
+    folder: Path,
+    *,
+    steps: int = 600,
+    seed: int = 0,
+    batch: int = 4096,
 ) -> Path:
     """Teach the dictionary every word of the lexicon and many composed ones; no pictures are involved.
 
@@ -193,7 +201,7 @@ def train_dictionary(
             rates[label] = (targets.guess(said) == targets.rows(token[some])).float().mean().item()
         return rates
 
-    path = folder / "dictionary.pt"
+    path = folder / DICTIONARY_CHECKPOINT
     train_loop(
         dictionary,
         list(dictionary.parameters()),

@@ -30,7 +30,11 @@ def key_of(word: str) -> str:
 
 def is_held_out(key: str) -> bool:
     """Whether a word is kept out of every training image (a fixed pseudo-random choice by hash)."""
-    return len(key) >= 4 and key not in ALWAYS_TAUGHT and int(hashlib.sha256(key.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+    return (
+        len(key) >= 4
+        and key not in ALWAYS_TAUGHT
+        and int(hashlib.sha256(key.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
+    )
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,13 @@ def typeset(
         lines += wrap_to_width(paragraph.split(), side - 2 * margin, path, pixels) or [""]
     height = len(lines) * pixels * 1.25
     draw_lines(
-        page, lines, (margin, max(margin, (side - height) / 2)), font=path, size=pixels, pitch=pixels * 1.25, colour=colour
+        page,
+        lines,
+        (margin, max(margin, (side - height) / 2)),
+        font=path,
+        size=pixels,
+        pitch=pixels * 1.25,
+        colour=colour,
     )
     return page.image
 

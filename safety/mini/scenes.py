@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +47,16 @@ class Scene:
         character: [196] class of the character nearest each patch's centre, 0 for none.
         word: [196] row in the lexicon of the word that this patch stands for, -1 for none.
         part: [196] which token of that word the patch stands for (0 = the word's first patch).
+        words: typeset words in the order drawn.
+        names: names of the symbols, left to right.
     """
 
     pixels: np.ndarray
     character: np.ndarray
     word: np.ndarray
     part: np.ndarray
+    words: list[str] = field(default_factory=list)
+    names: list[list[str]] = field(default_factory=list)
 
 
 def available_fonts() -> list[str | None]:
@@ -86,7 +90,7 @@ def label_words(page: Page, lexicon: Lexicon, scene: Scene) -> None:
 
 
 def label_picture(names: Sequence[str], box: tuple[int, int, int, int], lexicon: Lexicon, scene: Scene) -> None:
-    """Label a symbol's middle row: "picture", then its names, around the centre of ``box`` (left, top, right, bottom)."""
+    """Label a symbol's middle row: "picture", then its names, around the centre of the box (left, top, right, bottom)."""
     row = int((box[1] + box[3]) / 2 // PATCH)
     column = int((box[0] + box[2]) / 2 // PATCH) - 1
     flat: list[tuple[int, int]] = []
@@ -116,6 +120,7 @@ class SceneMaker:
         self.unseen = [key for key in lexicon.keys if is_held_out(key)] if held_out else []
 
     def words(self, rng: np.random.Generator, count: int) -> list[str]:
+        """Random words for one picture."""
         if self.unseen:
             return [self.unseen[i] for i in rng.integers(len(self.unseen), size=count)]
         return self.lexicon.sample(rng, count)
@@ -129,6 +134,7 @@ class SceneMaker:
         if page.image.width != SIDE:
             page = resize_page(page, SIDE)
         label_words(page, self.lexicon, scene)
+        scene.words = [word.text for word in page.words]
         pixels = np.asarray(page.image, dtype=np.uint8)
         if rng.random() < 0.25:
             noise = rng.normal(0.0, rng.uniform(1, 10), size=(SIDE, SIDE, 1))
@@ -136,13 +142,14 @@ class SceneMaker:
         scene.pixels = pixels
         return scene
 
-    def _font(self, rng: np.random.Generator, mono: float, builtin: float) -> str | None:
+    def font(self, rng: np.random.Generator, mono: float, builtin: float) -> str | None:
+        """A font path: FigStep's and the built-in one (None) with these probabilities, else any."""
         draw = rng.random()
         if draw < mono and self.mono:
             return self.mono
         return None if draw < mono + builtin else self.fonts[rng.integers(len(self.fonts))]
 
-    def _colours(self, rng: np.random.Generator, plain: float) -> tuple[Colour, Colour]:
+    def colours(self, rng: np.random.Generator, plain: float) -> tuple[Colour, Colour]:
         """Text and page colour with enough contrast; black on white with probability ``plain``."""
         if rng.random() < plain:
             return (0, 0, 0), (255, 255, 255)
@@ -186,10 +193,10 @@ class SceneMaker:
         pitch = size * rng.uniform(1.1, 1.25)
         if len(lines) * pitch > SIDE - 4:
             lines = lines[: int((SIDE - 4) / pitch)]
-        text, background = self._colours(rng, 0.8)
+        text, background = self.colours(rng, 0.8)
         page = Page(Image.new("RGB", (SIDE * scale, SIDE * scale), background))
         origin = (rng.uniform(2, 10) * scale, rng.uniform(0, 8) * scale)
-        font = self._font(rng, 0.45, 0.35)
+        font = self.font(rng, 0.45, 0.35)
         draw_lines(page, lines, origin, font=font, size=round(size * scale), pitch=pitch * scale, colour=text)
         return page
 
@@ -201,13 +208,13 @@ class SceneMaker:
         width = SIDE - left - rng.uniform(2, 14)
         most = max(1, int((SIDE - top) / pitch))
         count = int(np.clip(rng.integers(1, 26), 1, most * width / (size * 2.6) + 1))
-        font = self._font(rng, 0.15, 0.25)
+        font = self.font(rng, 0.15, 0.25)
         words = self._dressed(rng, self.words(rng, count))
         if rng.random() < 0.15:
             words[int(rng.integers(len(words)))] = str(rng.integers(0, 100))
         pixels = max(8, round(size * scale))
         lines = wrap_to_width(words, width * scale, font, pixels)[:most]
-        text, background = self._colours(rng, 0.45)
+        text, background = self.colours(rng, 0.45)
         page = Page(Image.new("RGB", (SIDE * scale, SIDE * scale), background))
         draw_lines(
             page,
@@ -241,17 +248,20 @@ class SceneMaker:
                 factor = side / max(art.size)
                 art = art.resize((max(1, round(art.width * factor)), max(1, round(art.height * factor))), 2)
             else:
-                colours = [c for c in COLOURS if sum(abs(a - b) for a, b in zip(COLOURS[c], background, strict=True)) > 140]
+                colours = [
+                    c for c in COLOURS if sum(abs(a - b) for a, b in zip(COLOURS[c], background, strict=True)) > 140
+                ]
                 names = [str(rng.choice(colours)), str(rng.choice(SHAPES))]
                 art = shape(names[1], COLOURS[names[0]], side)
             left += (side - art.width) // 2
             top += (side - art.height) // 2
             page.image.paste(art, (left, top), art)
+            scene.names.append(names)
             label_picture(names, (left, top, left + art.width, top + art.height), self.lexicon, scene)
         if caption:
             size = int(rng.integers(18, 31))
             words = self._dressed(rng, self.words(rng, int(rng.integers(1, 4))))
-            font = self._font(rng, 0.15, 0.3)
+            font = self.font(rng, 0.15, 0.3)
             lines = wrap_to_width(words, SIDE - 10, font, size)[:1]
             dark = sum(background) > 380
             draw_lines(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -11,22 +11,21 @@ from PIL import Image, ImageDraw, ImageFont
 EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian package fonts-noto-color-emoji, SIL OFL
 EMOJI_STRIKE = 109  # the font holds bitmaps of this one size
 
-SYMBOLS: dict[str, str] = dict(
-    pair.split(":")
-    for pair in (
-        "apple:🍎 banana:🍌 grapes:🍇 lemon:🍋 pear:🍐 peach:🍑 pineapple:🍍 strawberry:🍓 watermelon:🍉 tomato:🍅 "
-        "carrot:🥕 corn:🌽 mushroom:🍄 bread:🍞 cheese:🧀 egg:🥚 burger:🍔 pizza:🍕 cake:🎂 cookie:🍪 coffee:☕ beer:🍺 "
-        "wine:🍷 dog:🐕 cat:🐈 mouse:🐁 rabbit:🐇 fox:🦊 bear:🐻 panda:🐼 lion:🦁 tiger:🐅 cow:🐄 pig:🐖 frog:🐸 "
-        "monkey:🐒 rooster:🐓 penguin:🐧 bird:🐦 duck:🦆 owl:🦉 bat:🦇 wolf:🐺 horse:🐎 bee:🐝 butterfly:🦋 snail:🐌 "
-        "spider:🕷 turtle:🐢 snake:🐍 octopus:🐙 fish:🐟 whale:🐳 dolphin:🐬 shark:🦈 crocodile:🐊 elephant:🐘 camel:🐫 "
-        "giraffe:🦒 sheep:🐑 tree:🌳 cactus:🌵 rose:🌹 sunflower:🌻 leaf:🍃 moon:🌙 sun:🌞 cloud:☁ rainbow:🌈 snowman:⛄ "
-        "fire:🔥 car:🚗 bus:🚌 truck:🚚 tractor:🚜 train:🚂 bicycle:🚲 airplane:✈ rocket:🚀 ship:🚢 anchor:⚓ house:🏠 "
-        "tent:⛺ clock:🕒 phone:📱 computer:💻 camera:📷 television:📺 book:📕 pencil:✏ key:🔑 lock:🔒 hammer:🔨 "
-        "knife:🔪 bomb:💣 gun:🔫 guitar:🎸 piano:🎹 trumpet:🎺 drum:🥁 football:⚽ basketball:🏀 crown:👑 hat:🎩 "
-        "glasses:👓 umbrella:☂ shoe:👞 shirt:👕 gift:🎁 balloon:🎈 candle:🕯 bell:🔔 money:💰 scissors:✂ syringe:💉 "
-        "pill:💊 skull:💀 ghost:👻 robot:🤖"
-    ).split()
+_NAMED = (
+    "apple:🍎 banana:🍌 grapes:🍇 lemon:🍋 pear:🍐 peach:🍑 pineapple:🍍 strawberry:🍓 watermelon:🍉 "
+    "tomato:🍅 carrot:🥕 corn:🌽 mushroom:🍄 bread:🍞 cheese:🧀 egg:🥚 burger:🍔 pizza:🍕 cake:🎂 cookie:🍪 "
+    "coffee:☕ beer:🍺 wine:🍷 dog:🐕 cat:🐈 mouse:🐁 rabbit:🐇 fox:🦊 bear:🐻 panda:🐼 lion:🦁 tiger:🐅 "
+    "cow:🐄 pig:🐖 frog:🐸 monkey:🐒 rooster:🐓 penguin:🐧 bird:🐦 duck:🦆 owl:🦉 bat:🦇 wolf:🐺 horse:🐎 "
+    "bee:🐝 butterfly:🦋 snail:🐌 spider:🕷 turtle:🐢 snake:🐍 octopus:🐙 fish:🐟 whale:🐳 dolphin:🐬 "
+    "shark:🦈 crocodile:🐊 elephant:🐘 camel:🐫 giraffe:🦒 sheep:🐑 tree:🌳 cactus:🌵 rose:🌹 sunflower:🌻 "
+    "leaf:🍃 moon:🌙 sun:🌞 cloud:☁ rainbow:🌈 snowman:⛄ fire:🔥 car:🚗 bus:🚌 truck:🚚 tractor:🚜 train:🚂 "
+    "bicycle:🚲 airplane:✈ rocket:🚀 ship:🚢 anchor:⚓ house:🏠 tent:⛺ clock:🕒 phone:📱 computer:💻 "
+    "camera:📷 television:📺 book:📕 pencil:✏ key:🔑 lock:🔒 hammer:🔨 knife:🔪 bomb:💣 gun:🔫 guitar:🎸 "
+    "piano:🎹 trumpet:🎺 drum:🥁 football:⚽ basketball:🏀 crown:👑 hat:🎩 glasses:👓 umbrella:☂ shoe:👞 "
+    "shirt:👕 gift:🎁 balloon:🎈 candle:🕯 bell:🔔 money:💰 scissors:✂ syringe:💉 pill:💊 skull:💀 ghost:👻 "
+    "robot:🤖 "
 )
+SYMBOLS: dict[str, str] = dict(pair.split(":") for pair in _NAMED.split())
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 30, 35),
@@ -47,7 +46,7 @@ def have_emoji_font() -> bool:
     return EMOJI_FONT.exists()
 
 
-@lru_cache(maxsize=None)
+@cache
 def emoji(name: str) -> Image.Image:
     """The named symbol, RGBA, cropped to its drawing.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from safety.mini.vision import READING_BLOCKS, Reader, build_tower, letter_table
 BATCH = 32
 LEARNING_RATE = 1.2e-3
 WARMUP_STEPS = 60
-DECAY_SHARE = 0.4  # the last part of training, over which the learning rate falls to zero
 CHECKPOINT_SECONDS = 150
 VALIDATION_IMAGES = 96
+READING_CHECKPOINT = "reading.pt"
 
 Batch = tuple[Tensor, dict[str, Tensor]]
 
@@ -37,10 +37,10 @@ def csv_texts(data: Path | None) -> list[str]:
     return texts
 
 
-def make_batch(maker: SceneMaker, seed: tuple[int, ...], count: int = BATCH) -> Batch:
+def make_batch(maker: SceneMaker, seed: tuple[int, ...], count: int = BATCH, kind: str | None = None) -> Batch:
     """Pixels [count, 3, 224, 224] and patch labels [count, 196], a pure function of the seed."""
     rng = np.random.default_rng(seed)
-    scenes = [maker.scene(rng) for _ in range(count)]
+    scenes = [maker.scene(rng, kind) for _ in range(count)]
     labels = {
         name: torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
         for name in ("character", "word", "part")
@@ -48,9 +48,10 @@ def make_batch(maker: SceneMaker, seed: tuple[int, ...], count: int = BATCH) -> 
     return to_pixels(np.stack([scene.pixels for scene in scenes])), labels
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Learning rate factor: short warm-up, flat, linear fall over the last part."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, (steps - step) / (steps * DECAY_SHARE)))
+def rate_at(step: int, steps: int, decay: float) -> float:
+    """Learning rate factor: short warm-up, flat, linear fall over the last ``decay`` share of the run."""
+    fall = (steps - step) / (steps * decay) if decay else 1.0
+    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, fall))
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -63,7 +64,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def train_loop(
     model: nn.Module,
-    parameters: list[nn.Parameter],
+    parameters: list[nn.Parameter] | list[dict[str, Any]],
     loss_of: Callable[[int], dict[str, Tensor]],
     measure: Callable[[], dict[str, float]],
     *,
@@ -71,19 +72,21 @@ def train_loop(
     checkpoint: Path,
     name: str,
     learning_rate: float = LEARNING_RATE,
+    decay: float = 0.4,
     measure_every: int = 100,
 ) -> None:
     """Minimise the sum of named losses with AdamW; resumes from the checkpoint if there is one.
 
     Args:
         model: saved and restored as a whole.
-        parameters: what is optimised.
+        parameters: what is optimised; a group may carry a "factor" on the learning rate.
         loss_of: weighted losses of a step; must depend on the step number alone for a resumed run to match.
         measure: figures to log now and then.
         steps: length of the run; a resumed run may be given another length.
         checkpoint: file that holds the run's state.
         name: label of the progress bar.
         learning_rate: peak learning rate.
+        decay: share of the run over which the learning rate falls to zero at the end.
         measure_every: steps between measurements.
     """
     optimiser = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
@@ -97,14 +100,14 @@ def train_loop(
     with tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5) as bar:
         for step in bar:
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate * rate_at(step, steps)
+                group["lr"] = learning_rate * group.get("factor", 1.0) * rate_at(step, steps, decay)
             with torch.autocast("cpu", torch.bfloat16):
                 losses = loss_of(step)
                 total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
                 raise RuntimeError(f"{name} diverged at step {step}; delete {checkpoint} and lower the learning rate.")
             total.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             done = step + 1
@@ -125,7 +128,7 @@ def reading_parameters(reader: Reader) -> list[nn.Parameter]:
     return [p for p in reader.parameters() if id(p) not in unused]
 
 
-def train_reading(lexicon: Lexicon, folder: Path, *, images: int = 75_000, seed: int = 0) -> Reader:
+def train_reading(lexicon: Lexicon, folder: Path, *, images: int = 45_000, seed: int = 0) -> Reader:
     """Train the reading blocks; ``folder/reading.pt`` holds the run.
 
     Args:
@@ -155,14 +158,15 @@ def train_reading(lexicon: Lexicon, folder: Path, *, images: int = 75_000, seed:
         return rates
 
     parameters = reading_parameters(reader)
+    # The learning rate does not fall here: the joint phase goes on with the reading losses and lets it fall.
     train_loop(
-        reader, parameters, loss_of, measure, steps=images // BATCH, checkpoint=folder / "reading.pt", name="Reading"
+        reader,
+        parameters,
+        loss_of,
+        measure,
+        steps=images // BATCH,
+        checkpoint=folder / READING_CHECKPOINT,
+        name="Reading",
+        decay=0.0,
     )
     return reader
-
-
-def batches(lexicon: Lexicon, seed: int, count: int, held_out: bool) -> Iterator[Batch]:
-    """Validation batches that training never draws."""
-    maker = SceneMaker(lexicon, held_out=held_out)
-    for number in range(count):
-        yield make_batch(maker, (seed, 3, number))

@@ -1,7 +1,7 @@
 """The miniature's vision tower: a stock Pixtral encoder whose blocks read words and say them as token embeddings.
 
-The first :data:`READING_BLOCKS` blocks turn pixels into a *spelled code*: at the patch where a word starts, the residual
-stream holds the sum of one fixed code vector per letter slot. The remaining blocks and the stock projector are the
+The first :data:`READING_BLOCKS` blocks turn pixels into a *spelled code*: at the patch where a word starts, the
+residual stream holds the sum of one fixed code vector per letter slot. The remaining blocks and the stock projector are the
 *dictionary* that turns a spelled code into the language model's embedding of that word's token. The two halves meet at
 the fixed code book, so they can be trained apart (the dictionary needs no images) and then together.
 """
@@ -193,7 +193,9 @@ class Reader(nn.Module):
         }
 
 
-def reading_rates(reader: Reader, middle: Tensor, states: Tensor, batch: dict[str, Tensor], letters: Tensor) -> dict[str, Any]:
+def reading_rates(
+    reader: Reader, middle: Tensor, states: Tensor, batch: dict[str, Tensor], letters: Tensor
+) -> dict[str, Any]:
     """Shares that are right on one batch: characters (of those drawn), kinds, letters, and words spelled exactly."""
     drawn = batch["character"] > 0
     said = (batch["word"] >= 0) & (batch["part"] == 0)

@@ -17,7 +17,7 @@ STATIC = Path(__file__).parent / "static"
 View = dict[str, Any]
 
 _EMPTY = {
-    "No defense": "The model's own answer, with nothing in its way, appears here.",
+    "No defense": "Run an example above or ask something: the model's own answer appears here, with nothing in its way.",
     "Defended": "The same model with the defenses switched on answers here, at the same time.",
 }
 
@@ -58,7 +58,7 @@ def view_of(
 
     Args:
         run: changes with every run; the board then starts afresh.
-        states: per lane: waiting, streaming, done, refused, stopped or error.
+        states: per lane: waiting, streaming, done, limit, refused, stopped or error.
         threshold: the trace's alarm threshold, None without a trace.
         max_new_tokens: bounds the shared token axis.
         wait: what a column says while it waits for its first token.
@@ -67,7 +67,7 @@ def view_of(
     axis = min(max_new_tokens, max(32, -(-(longest + 1) // 32) * 32))
     views = []
     for lane, answer, state in zip(lanes, answers, states, strict=True):
-        ended = state in ("done", "refused", "stopped")
+        ended = state in ("done", "limit", "refused", "stopped")
         views.append(
             _lane(
                 lane.name,

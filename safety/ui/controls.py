@@ -192,9 +192,7 @@ def _sasa(artifacts: Any, available: bool) -> dict[str, Any]:
 
 def _revision(artifacts: Any, available: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "revision": _switch(
-            "Activation revision", "Nudges every step towards safe answers", available, "revision vectors"
-        )
+        "revision": _switch("Activation revision", "Nudges every step towards safety", available, "revision vectors")
     }
     ready = artifacts.settings.revision
     layers = list(artifacts.revision.layers) if available else [0]
@@ -240,9 +238,7 @@ def _revision(artifacts: Any, available: bool) -> dict[str, Any]:
 
 
 def _sapt(artifacts: Any, available: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "sapt": _switch("SAPT", "Watches the answer and steps in mid-sentence", available, "soft prompt")
-    }
+    found: dict[str, Any] = {"sapt": _switch("SAPT", "Watches the answer, steps in mid-way", available, "soft prompt")}
     ready = artifacts.settings.sapt
     with _settings(available):
         found["sapt_threshold"] = gr.Slider(

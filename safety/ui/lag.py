@@ -78,7 +78,7 @@ def measure_lag(rate: float = 15.0, seconds: float = 8.0) -> Lag:
         page.fill("#prompt textarea", "Count.")
         page.click("#run")
         page.wait_for_function(
-            "document.querySelectorAll('.lane[data-state=done]').length === 2", timeout=(seconds + 60) * 1000
+            "document.querySelectorAll('.lane[data-state=limit]').length === 2", timeout=(seconds + 60) * 1000
         )
         arrivals = page.evaluate("window.arrivals")
     lags = [at - engine.sent[lane, count] for lane, count, at in arrivals]

@@ -18,6 +18,7 @@ from safety.settings import Lane
 from safety.ui.board import View, view_of
 
 UPDATES_PER_SECOND = 15
+STATE = {None: "streaming", "eos": "done", "length": "limit", "gate": "refused"}
 BUG = "Something went wrong inside the app; the details are in its log. Your input is still here: you can run it again."
 
 log = logging.getLogger(__name__)
@@ -121,11 +122,10 @@ class LiveRun:
 
     def _take(self, step: Step) -> None:
         self.answers[step.lane].add(step)
-        finished = {None: "streaming", "gate": "refused"}.get(step.finish, "done")
-        self.states[step.lane] = finished
+        self.states[step.lane] = STATE[step.finish]
 
     def _end(self, state: str) -> str:
-        self.states = [old if old in ("done", "refused") else state for old in self.states]
+        self.states = [old if old in ("done", "limit", "refused") else state for old in self.states]
         return ""
 
     def _fail(self, error: Exception) -> str:
@@ -136,7 +136,8 @@ class LiveRun:
         return BUG
 
     def _view(self) -> View:
-        wait = "Waiting for a run before this one to end …" if self.busy else "Reading the image and the prompt …"
+        image = "image and the " if self.arguments.get("image") is not None else ""
+        wait = "Waiting for a run before this one to end …" if self.busy else f"Reading the {image}prompt …"
         return view_of(
             self.name,
             self.answers,

@@ -72,7 +72,7 @@ def build_page(engine: Engine) -> gr.Blocks:
                     image = _image_file(
                         label="Image",
                         show_label=False,
-                        height=150,
+                        height=136,
                         placeholder="Drop an image here, or click\n(optional)",
                         elem_id="image",
                         alt_text="The image that the model is given",

@@ -16,7 +16,7 @@ VIEWS: dict[str, dict[str, Any]] = {
     "page-phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
 }
 FINISHED = """() => [...document.querySelectorAll('.lane')].every(
-    lane => lane.dataset.state === 'done' || lane.dataset.state === 'refused')"""
+    lane => ['done', 'limit', 'refused'].includes(lane.dataset.state))"""
 
 
 def take(engine: Engine, folder: Path, timeout: float = 300.0) -> list[Path]:

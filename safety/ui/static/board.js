@@ -2,7 +2,7 @@
 // and `watch` come from Gradio. Model text only ever goes through textContent, so markup in it stays text.
 const SVG = 'http://www.w3.org/2000/svg';
 const PLOT = {height: 132, left: 30, right: 10, top: 10, bottom: 20};
-const STATES = {empty: 'Ready', waiting: 'Waiting', streaming: 'Writing', done: 'Done', refused: 'Refused',
+const STATES = {empty: 'Ready', waiting: 'Waiting', streaming: 'Writing', done: 'Done', limit: 'Length limit', refused: 'Refused',
                 stopped: 'Stopped', error: 'Failed'};
 const lanesBox = element.querySelector('.lanes');
 let columns = [], run = null;
@@ -107,9 +107,10 @@ function drawTrace(column, lane, view) {
     svg('text', {class: 'tick', x: left - 6, y: y(p) + 3.5, 'text-anchor': 'end'}, plot).textContent = p === 0.5 ? '.5' : p;
   }
   const step = Math.max(16, Math.ceil(view.axis / 5 / 16) * 16);
-  for (let i = 0; i < view.axis; i += step) {
-    svg('text', {class: 'tick', x: x(i), y: height - 5, 'text-anchor': i ? 'middle' : 'start'}, plot).textContent = i ? i : 'token 0';
+  for (let i = 0; i < view.axis && x(i) < width - right - 44; i += step) {
+    svg('text', {class: 'tick', x: x(i), y: height - 5, 'text-anchor': 'middle'}, plot).textContent = i;
   }
+  svg('text', {class: 'tick', x: width - right, y: height - 5, 'text-anchor': 'end'}, plot).textContent = 'token';
   if (threshold !== null) {
     svg('line', {class: 'threshold', x1: left, x2: width - right, y1: y(threshold), y2: y(threshold)}, plot);
     const label = svg('text', {class: 'threshold-label', x: width - right - 2, y: y(threshold) + 12, 'text-anchor': 'end'}, plot);
