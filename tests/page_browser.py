@@ -10,7 +10,7 @@ from safety.ui.browser import chromium
 
 LAPTOP = {"width": 1366, "height": 768}
 ENDED = """() => [...document.querySelectorAll('.lane')].every(
-    lane => ['done', 'refused', 'stopped', 'error'].includes(lane.dataset.state))"""
+    lane => ['done', 'limit', 'refused', 'stopped', 'error'].includes(lane.dataset.state))"""
 
 
 @pytest.fixture(scope="module")

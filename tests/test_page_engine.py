@@ -33,7 +33,7 @@ def test_every_column_of_a_random_model_streams(browser: Any) -> None:
         page.click("#separate input")
         start(page, ".card-run >> nth=0")
         wait_for_end(page)
-        assert len(states(page)) == 5 and set(states(page)) <= {"done", "refused"}
+        assert len(states(page)) == 5 and set(states(page)) <= {"done", "limit", "refused"}
         assert all(texts(page))
         assert page.locator("svg.trace .line").count() == 5 and page.locator("svg.trace .check").count() >= 1
         assert not page.is_visible(".notice")
@@ -49,6 +49,6 @@ def test_the_miniature_answers_on_the_page(browser: Any, miniature: Engine) -> N
         page.wait_for_function("document.querySelectorAll('.lane .token').length > 2", timeout=60_000)
         early = texts(page)
         wait_for_end(page, 120_000)
-        assert len(states(page)) == 2 and set(states(page)) <= {"done", "refused"}
+        assert len(states(page)) == 2 and set(states(page)) <= {"done", "limit", "refused"}
         assert all(len(late) >= len(soon) and late for late, soon in zip(texts(page), early, strict=True))
         assert "tokens/s" in page.locator(".speed").first.inner_text()

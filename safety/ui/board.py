@@ -17,7 +17,7 @@ STATIC = Path(__file__).parent / "static"
 View = dict[str, Any]
 
 _EMPTY = {
-    "No defense": "Run an example above or ask something: the model's own answer appears here, with nothing in its way.",
+    "No defense": "Run an example or ask something: the model's own answer appears here, with nothing in its way.",
     "Defended": "The same model with the defenses switched on answers here, at the same time.",
 }
 

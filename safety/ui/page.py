@@ -150,24 +150,23 @@ class _Handlers:
 
     def run(self, request: gr.Request, path: str | None, words: str, *values: Any) -> Iterator[Any]:
         """Run the form's lanes; yields updates of (board, notice, Stop button)."""
-        session = request.session_hash or ""
-        cancel = self.runs.start(session)
         form = Form(*values)
-
-        def check() -> dict[str, Any]:
-            return {
+        # Checked first: a form that cannot run leaves a run that is going on alone.
+        arguments, message = guarded(
+            lambda: {
                 "lanes": lanes_of(form, self.engine),
                 "prompt": words,
                 "image": None if path is None else open_image(path),
                 "max_new_tokens": length_of(form),
                 "sampling": sampling_of(form),
             }
-
+        )
+        if message:
+            yield gr.skip(), message, gr.skip()
+            return
+        session = request.session_hash or ""
+        cancel = self.runs.start(session)
         try:
-            arguments, message = guarded(check)
-            if message:
-                yield gr.skip(), message, gr.Button(interactive=False)
-                return
             updates = iter(LiveRun(self.engine, cancel=cancel, **arguments))
             view, message = next(updates)
             yield view, "", gr.Button(interactive=True)
