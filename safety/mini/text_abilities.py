@@ -100,6 +100,7 @@ def text_abilities(
     data_dir: Path | str | None = None,
     limit: int | None = None,
     transcript: dict[str, list[tuple[str, str]]] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, dict[str, Any]]:
     """Refusal rate and share of degenerate answers on every set of ``text_sets``.
 
@@ -109,13 +110,14 @@ def text_abilities(
         data_dir: see ``text_sets``.
         limit: at most this many prompts of each set.
         transcript: receives (prompt, answer) pairs by set, when given.
+        max_new_tokens: length of the answers; refusals show within 16.
 
     Returns:
         {set: {"refused": rate(...), "degenerate": share}}
     """
     sets = text_sets(data_dir, limit)
     prompts = [text for texts in sets.values() for text in texts]
-    answers = iter(greedy_answers(model, tokenizer, prompts))
+    answers = iter(greedy_answers(model, tokenizer, prompts, max_new_tokens))
     report: dict[str, dict[str, Any]] = {}
     for name, texts in sets.items():
         pairs = [(text, next(answers)) for text in texts]
