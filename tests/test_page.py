@@ -45,7 +45,7 @@ def test_an_example_streams_in_every_column_with_marks_and_badge(page: Any, engi
     page.wait_for_selector(".lane:nth-child(5)")
     page.wait_for_function("document.querySelectorAll('.lane .token').length > 5")
     names = page.eval_on_selector_all(".lane h3", "titles => titles.map(title => title.textContent)")
-    assert names == ["No defense", "SASA", "Activation revision", "SAPT", "All together"]
+    assert names == ["No defense", "SASA", "Revision", "SAPT", "All together"]
     early = texts(page)
     page.wait_for_timeout(400)
     later = texts(page)

@@ -40,8 +40,8 @@ def test_defenses_share_one_lane_or_get_one_each() -> None:
     assert undefended == Lane("No defense")
     assert defended == Lane("Defended", Sasa(13, 15), Revision(19), Sapt())
     separate = lanes(separate=True)
-    assert [lane.name for lane in separate] == ["No defense", "SASA", "Activation revision", "SAPT", "All together"]
-    assert separate[2] == Lane("Activation revision", revision=Revision(19))
+    assert [lane.name for lane in separate] == ["No defense", "SASA", "Revision", "SAPT", "All together"]
+    assert separate[2] == Lane("Revision", revision=Revision(19))
     assert [lane.name for lane in lanes(separate=True, revision=False, sapt=False)] == ["No defense", "SASA"]
     assert lanes(sasa=False, revision=False, sapt=False) == [Lane("No defense")]
 

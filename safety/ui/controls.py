@@ -79,7 +79,7 @@ def lanes_of(form: Form, engine: Engine) -> list[Lane]:
     if on and not form.separate:
         lanes.append(Lane("Defended", **on))
     elif on:
-        names = {"sasa": "SASA", "revision": "Activation revision", "sapt": "SAPT"}
+        names = {"sasa": "SASA", "revision": "Revision", "sapt": "SAPT"}
         lanes += [Lane(names[key], **{key: settings}) for key, settings in on.items()]
         if len(on) > 1:
             lanes.append(Lane("All together", **on))
@@ -135,11 +135,11 @@ def build_defenses(engine: Engine) -> dict[str, Any]:
 
 def _switch(label: str, info: str, available: bool, name: str) -> gr.Checkbox:
     if not available:
-        info = f"Not available: {engine_hint(name)}"
+        info = f"Not available: {_missing(name)}"
     return gr.Checkbox(value=available, label=label, info=info, interactive=available, elem_classes=["switch"])
 
 
-def engine_hint(name: str) -> str:
+def _missing(name: str) -> str:
     """Why a defense cannot be switched on, and what to do."""
     return f"this model has no calibrated {name} yet. Run `python -m safety calibrate`."
 
