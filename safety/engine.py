@@ -129,6 +129,9 @@ class Engine:
         sampling.check()
         for lane in lanes:
             self.artifacts.check(lane, self.lvlm.blocks)
+            if lane.sasa and lane.sasa.mode != "probe" and lane.sasa.safety_layer < self.lvlm.deepstack:
+                raise UserError(f"This model adds image features behind its first {self.lvlm.deepstack} blocks: "
+                                f"SASA's safety layer must be at least {self.lvlm.deepstack}.")
 
 
 class _Run:

@@ -75,6 +75,11 @@ class LVLM:
         self.head_dim: int = getattr(self.config, "head_dim", None) or self.width // self.heads
         self.vocabulary: int = self.lm_head.out_features
         self.context: int = self.config.max_position_embeddings
+        mixed = "sliding_attention" in (getattr(self.config, "layer_types", None) or [])
+        self.window: int = self.config.sliding_window if mixed else 0
+        # DeepStack models (Qwen3-VL) add image features behind their first blocks: SASA cannot re-run those alone.
+        vision = getattr(self.model.config, "vision_config", None)
+        self.deepstack: int = len(getattr(vision, "deepstack_visual_indexes", None) or [])
         self.device = self.embed.weight.device
         eos = self.model.generation_config.eos_token_id
         eos = eos if eos is not None else self.tokenizer.eos_token_id
@@ -127,6 +132,8 @@ class LVLM:
             return lambda module, args, output: states.__setitem__(block, output)
 
         cache = DynamicCache()
+        if getattr(self.model.base_model, "rope_deltas", None) is not None:
+            self.model.base_model.rope_deltas = None  # M-RoPE models remember the last prompt's; a text prompt has none
         with hooks() as add:
             add(self.decoder.register_forward_pre_hook(
                 lambda module, args, kwargs: decoder_kwargs.update(kwargs), with_kwargs=True))
@@ -159,8 +166,24 @@ class LVLM:
     def decode(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """One decoder step. embeds [rows, q, width], mask [rows, cached + q] (1 = visible), positions [rows, q];
         returns post-norm states [rows, q, width] and extends `cache` by q columns."""
-        return self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache,
+        masks = self._windowed(mask, embeds) if self.window and mask.shape[1] > self.window else mask
+        return self.decoder(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, past_key_values=cache,
                             use_cache=True).last_hidden_state
+
+    def _windowed(self, mask: Tensor, embeds: Tensor) -> dict[str, Tensor]:
+        """Additive masks [rows, 1, q, cached + q] for decoders that mix full and sliding attention.
+
+        transformers would measure the window in cache columns; here rows have columns that they do not see, so it is
+        measured in the tokens that a row does see.
+        """
+        columns, queries = mask.shape[1], embeds.shape[1]
+        place = mask.cumsum(1)
+        asked, held = place[:, -queries:, None], place[:, None]
+        causal = torch.ones(queries, columns, dtype=torch.bool, device=mask.device).tril(columns - queries)
+        full = causal & mask[:, None].bool()
+        masks = {"full_attention": full, "sliding_attention": full & (asked - held < self.window)}
+        least = torch.finfo(embeds.dtype).min
+        return {kind: torch.where(seen, 0.0, least).to(embeds.dtype)[:, None] for kind, seen in masks.items()}
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""The methods, slow and obvious: no cache, no batch, one whole forward pass (or two) per token, one lane at a time."""
+"""The methods, slow and obvious: no cache, no batch, one whole forward pass (or two) per token, one lane at a time.
+
+Every pass runs the whole model on the request's own tensors. What follows the prompt, generated tokens and soft
+prompts, takes part as placeholder tokens whose embeddings are put in place right before the decoder.
+"""
 
 import torch
 from torch import Tensor
 
 from safety.artifacts import Artifacts
+from safety.calibrate.activations import append_ids
 from safety.defenses.revision import delta
 from safety.lvlm import LVLM
 from safety.settings import Lane
@@ -14,17 +19,27 @@ class Oracle:
 
     def __init__(self, lvlm: LVLM, artifacts: Artifacts, prompt: str, image=None) -> None:
         self.lvlm, self.artifacts = lvlm, artifacts
-        inputs = lvlm.prepare(prompt, image, 0)
-        seen = {}
-        hook = lvlm.decoder.register_forward_pre_hook(lambda m, a, kw: seen.update(kw), with_kwargs=True)
-        with torch.no_grad():
-            lvlm.model(**inputs, use_cache=False)
-        hook.remove()
-        self.prompt: Tensor = seen["inputs_embeds"]
-        self.length = self.prompt.shape[1]
+        self.inputs = lvlm.prepare(prompt, image, 0)
+        self.length = self.inputs["input_ids"].shape[1]
+
+    def forward(self, tail: list[Tensor]) -> Tensor:
+        """Post-norm states [1, n, width] of the prompt followed by these embeddings [1, m, width]."""
+        count = sum(part.shape[1] for part in tail)
+
+        def place(module, args, kwargs):
+            embeds = kwargs["inputs_embeds"].clone()
+            if count:
+                embeds[:, -count:] = torch.cat(tail, 1)
+            return args, {**kwargs, "inputs_embeds": embeds}
+        hook = self.lvlm.decoder.register_forward_pre_hook(place, with_kwargs=True)
+        try:
+            inputs = append_ids(self.inputs, [50] * count)
+            return self.lvlm.model.base_model(**inputs, use_cache=False).last_hidden_state
+        finally:
+            hook.remove()
 
     @torch.no_grad()
-    def states(self, embeds: Tensor, lane: Lane, revise: bool, steer: bool) -> Tensor:
+    def states(self, tail: list[Tensor], lane: Lane, revise: bool, steer: bool) -> Tensor:
         """Post-norm states [1, n, width] of a whole sequence, edited as the lane's settings say."""
         layers, revision, sasa = self.lvlm.layers, lane.revision, lane.sasa
         handles = []
@@ -46,14 +61,14 @@ class Oracle:
                 seen = {}
                 taps = [layers[i].register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, out.clone()))
                         for i in (sasa.safety_layer, sasa.fused_layer)]
-                self.lvlm.decoder(inputs_embeds=embeds, use_cache=False)
+                self.forward(tail)
                 for tap in taps:
                     tap.remove()
                 s, f = seen[sasa.safety_layer], seen[sasa.fused_layer]
                 a = (s * f).sum(-1, keepdim=True) / ((f * f).sum(-1, keepdim=True) + 1e-6)
                 mixed = (1 - sasa.strength) * s + sasa.strength * a * f
                 handles.append(layers[sasa.safety_layer].register_forward_hook(lambda m, a, out: mixed))
-            return self.lvlm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            return self.forward(tail)
         finally:
             for handle in handles:
                 handle.remove()
@@ -65,19 +80,19 @@ class Oracle:
         if lane.sasa and lane.sasa.mode != "project":
             probe = (self.artifacts.sasa.clean if lane.sasa.mode == "probe"
                      else self.artifacts.sasa.probes[lane.sasa.safety_layer, lane.sasa.fused_layer])
-            state = self.states(self.prompt, lane, revise=False, steer=lane.sasa.mode == "gate")[0, -1]
+            state = self.states([], lane, revise=False, steer=lane.sasa.mode == "gate")[0, -1]
             self.gate = torch.sigmoid(self.lvlm.lm_head(state) @ probe.weight + probe.bias).item()
             if self.gate >= lane.sasa.threshold:
                 self.tokens = refusal[:steps]
                 return self
         steer = lane.sasa is not None and lane.sasa.mode == "project"
         soft = self.artifacts.sapt.soft[None]
-        parts, injected = [self.prompt], False
+        parts, injected = [], False
         while len(self.tokens) < steps:
             index = len(self.tokens)
 
             def last(*more: Tensor) -> Tensor:
-                return self.states(torch.cat([*parts, *more], 1), lane, True, steer)[0, -1]
+                return self.states([*parts, *more], lane, True, steer)[0, -1]
 
             def check(index: int = index) -> bool:
                 detector = self.artifacts.sapt.detectors[lane.sapt.detector]
