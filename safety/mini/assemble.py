@@ -66,17 +66,21 @@ def image_tokenizer() -> Any:
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """LLaVA's processor: letterbox to a white square, 224 pixels, 196 image tokens."""
-    images = LlavaImageProcessorPil(
+def build_image_processor() -> LlavaImageProcessorPil:
+    """LLaVA's image processor without torchvision: letterbox to a white square of 224 pixels."""
+    return LlavaImageProcessorPil(
         do_pad=True,
         size={"height": SIDE, "width": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
         image_mean=[PIXEL_MEAN] * 3,
         image_std=[PIXEL_STD] * 3,
     )
+
+
+def build_processor() -> LlavaProcessor:
+    """LLaVA's processor with the miniature's tokenizer: 196 image tokens a picture."""
     return LlavaProcessor(
-        image_processor=images,
+        image_processor=build_image_processor(),
         tokenizer=image_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="full",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PixtralVisionModel
 
-from safety.mini.lexicon import Lexicon, key_of, spell
+from safety.mini.lexicon import Lexicon, key_of, reading_weights, spell
 from safety.mini.scenes import CHARACTERS
 from safety.mini.vision import (
     LETTER_CLASSES,
@@ -21,7 +21,6 @@ from safety.mini.vision import (
     WIDTH,
     code_book,
     letter_table,
-    run_blocks,
     spelled_code,
 )
 
@@ -60,8 +59,8 @@ class TokenTargets:
         self.unit = F.normalize(self.vectors, dim=-1)
         self.filler = embedding[filler].float()
         self.scale = float(self.vectors.norm(dim=-1).mean())
-        self._row = torch.full((embedding.shape[0],), -1)
-        self._row[self.ids] = torch.arange(len(self.ids))
+        self._row = torch.full((embedding.shape[0],), -1, device=embedding.device)
+        self._row[self.ids] = torch.arange(len(self.ids), device=embedding.device)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Class of each token id."""
@@ -75,11 +74,14 @@ class TokenTargets:
             rows: [n] their classes.
             sharpness: log of the inverse temperature.
         """
-        others = torch.randint(len(self.ids), (NEGATIVES,))
-        classes, place = torch.unique(torch.cat([rows, others]), return_inverse=True)
+        # Targets and random others side by side, twice the same class masked: every step has the same shapes.
+        classes = torch.cat([rows, torch.randint(len(self.ids), (NEGATIVES,), device=rows.device)])
         logits = F.normalize(said, dim=-1) @ self.unit[classes].T * sharpness.exp()
+        place = torch.arange(len(rows), device=rows.device)
+        again = classes[None, :] == rows[:, None]
+        again[place, place] = False
         distance = (said - self.vectors[rows]).pow(2).sum(-1).mean() / self.scale**2
-        return F.cross_entropy(logits.float(), place[: len(rows)]), distance
+        return F.cross_entropy(logits.float().masked_fill(again, -1e4), place), distance
 
     def guess(self, said: Tensor) -> Tensor:
         """[n] class whose embedding is closest in direction."""
@@ -87,7 +89,10 @@ class TokenTargets:
 
 
 class Dictionary(nn.Module):
-    """The dictionary blocks of a tower, a projector, and the temperature of the contrastive loss."""
+    """The dictionary blocks of a tower, a projector, and the temperature of the contrastive loss.
+
+    What a patch says depends on its own code alone: the blocks' attention is zero and stays so.
+    """
 
     def __init__(self, tower: PixtralVisionModel, text_width: int) -> None:
         super().__init__()
@@ -95,17 +100,19 @@ class Dictionary(nn.Module):
         self.projector = Projector(text_width)
         self.sharpness = nn.Parameter(torch.tensor(3.0))
         for block in self.blocks:
-            nn.init.zeros_(block.attention.o_proj.weight)  # a dictionary entry does not depend on other patches
+            for weight in block.attention.parameters():
+                nn.init.zeros_(weight).requires_grad_(False)
+            block.attention_norm.requires_grad_(False)
 
-    def look_up(self, codes: Tensor) -> Tensor:
-        """[n, WIDTH] codes to [n, text_width] without attention, as pre-training uses it."""
+    def forward(self, codes: Tensor) -> Tensor:
+        """[..., WIDTH] states after the reading blocks to [..., text_width], as the stock blocks and projector do."""
         for block in self.blocks:
             codes = codes + block.feed_forward(block.ffn_norm(codes))
         return self.projector(codes)  # type: ignore[no-any-return]
 
-    def forward(self, tower: PixtralVisionModel, states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """[batch, 196, WIDTH] after the reading blocks to [batch, 196, text_width]."""
-        return self.projector(run_blocks(tower, states, rotary, READING_BLOCKS, len(tower.transformer.layers)))  # type: ignore[no-any-return]
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters that are not frozen."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
 def composed_words(tokenizer: Any, lexicon: Lexicon, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -154,63 +161,82 @@ def noisy_codes(book: Tensor, letters: Tensor, part: Tensor, generator: torch.Ge
     return F.normalize(code + noise, dim=-1) * length
 
 
+class Entries:
+    """Dictionary entries to practise: the lexicon's words, frequent ones more often, and composed words.
+
+    Attributes:
+        known: letters, part and token id of the lexicon's entries.
+        composed: the same of made-up words.
+        book: the code book.
+    """
+
+    def __init__(self, tokenizer: Any, lexicon: Lexicon, seed: int) -> None:
+        words = torch.from_numpy(lexicon.tokens)
+        self.known = entries_of(letter_table(lexicon), words)
+        self.composed = entries_of(*composed_words(tokenizer, lexicon, 40_000, seed))
+        self.book = code_book()
+        self.tokens = torch.cat([self.known[2], self.composed[2]])
+        self._weights = torch.from_numpy(reading_weights(len(lexicon.keys)))[torch.nonzero(words >= 0)[:, 0]]
+
+    def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Noisy codes [count, WIDTH] of length about CODE_NORM, and their token ids."""
+        generator = torch.Generator().manual_seed(seed)
+        first = torch.multinomial(self._weights, count * 7 // 8, replacement=True, generator=generator)
+        second = torch.randint(len(self.composed[1]), (count - len(first),), generator=generator)
+        picked = (torch.cat([a[first], b[second]]) for a, b in zip(self.known, self.composed, strict=True))
+        letters, part, token = picked
+        return noisy_codes(self.book, letters, part, generator), token
+
+
 def train_dictionary(
     tokenizer: Any,
     embedding: Tensor,
     lexicon: Lexicon,
     folder: Path,
     *,
-    steps: int = 600,
+    steps: int = 330,
     seed: int = 0,
     batch: int = 4096,
+    device: str = "cpu",
 ) -> Path:
     """Teach the dictionary every word of the lexicon and many composed ones; no pictures are involved.
 
     Returns:
         The checkpoint, with the dictionary's parameters under "model".
     """
-    from safety.mini.train_vision import train_loop
+    from safety.mini.train_vision import adamw, train_loop
     from safety.mini.vision import build_tower
 
     torch.manual_seed(seed)
-    dictionary = Dictionary(build_tower(), embedding.shape[1])
-    made = composed_words(tokenizer, lexicon, 40_000, seed)
-    known = entries_of(letter_table(lexicon), torch.from_numpy(lexicon.tokens))
-    extra = entries_of(*made)
-    targets = TokenTargets(embedding, torch.cat([known[2], extra[2]]), tokenizer.encode(FILLER)[0])
-    book = code_book()
-
-    def picks(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        first = torch.randint(len(known[1]), (batch * 3 // 4,), generator=generator)
-        second = torch.randint(len(extra[1]), (batch // 4,), generator=generator)
-        letters, part, token = (torch.cat([a[first], b[second]]) for a, b in zip(known, extra, strict=True))
-        return noisy_codes(book, letters, part, generator), part, targets.rows(token)
+    dictionary = Dictionary(build_tower(), embedding.shape[1]).to(device)
+    entries = Entries(tokenizer, lexicon, seed)
+    targets = TokenTargets(embedding.to(device), entries.tokens.to(device), tokenizer.encode(FILLER)[0])
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        codes, _, rows = picks(step)
-        contrast, distance = targets.loss(dictionary.look_up(codes), rows, dictionary.sharpness)
+        codes, token = entries.draw(batch, seed * 1_000_003 + step)
+        rows = targets.rows(token.to(device))
+        contrast, distance = targets.loss(dictionary(codes.to(device)), rows, dictionary.sharpness)
         return {"contrast": contrast, "distance": distance}
 
     def measure() -> dict[str, float]:
         rates = {}
-        for label, (letters, part, token) in (("known", known), ("composed", extra)):
+        for label, (letters, part, token) in (("known", entries.known), ("composed", entries.composed)):
             some = torch.arange(0, len(part), max(1, len(part) // 2000))
-            codes = F.normalize(spelled_code(book, letters[some], part[some]), dim=-1) * CODE_NORM
-            said = dictionary.look_up(codes)
-            rates[label] = (targets.guess(said) == targets.rows(token[some])).float().mean().item()
+            codes = F.normalize(spelled_code(entries.book, letters[some], part[some]), dim=-1) * CODE_NORM
+            said = dictionary(codes.to(device))
+            rates[label] = (targets.guess(said) == targets.rows(token[some].to(device))).float().mean().item()
         return rates
 
     path = folder / DICTIONARY_CHECKPOINT
     train_loop(
         dictionary,
-        list(dictionary.parameters()),
+        [adamw(dictionary.trained(), 2e-3)],
         loss_of,
         measure,
         steps=steps,
         checkpoint=path,
         name="Dictionary",
-        learning_rate=2e-3,
+        decay=0.5,
         measure_every=50,
     )
     return path

@@ -83,6 +83,12 @@ def spell(tokenizer: Any, word: str) -> list[int]:
     return list(plain)
 
 
+def reading_weights(count: int) -> np.ndarray:
+    """How often to practise words by rank: half by a flattened Zipf law, half uniformly, for the rare ones."""
+    zipf = 1.0 / (np.arange(count) + 100.0) ** 0.7
+    return zipf / zipf.sum() + 1.0 / count
+
+
 def build_lexicon(tokenizer: Any, texts: Iterable[str]) -> Lexicon:
     """All whole-word tokens in order of their merge rank, then the further words of ``texts`` by frequency.
 
@@ -108,9 +114,7 @@ def build_lexicon(tokenizer: Any, texts: Iterable[str]) -> Lexicon:
     for row, key in enumerate(keys):
         ids = spell(tokenizer, forms[key])[:MAX_TOKENS]
         tokens[row, : len(ids)] = ids
-    # Half the words by a flattened Zipf law over rank, half uniformly: rare words must be seen too.
-    zipf = 1.0 / (np.arange(len(keys)) + 100.0) ** 0.7
-    weights = zipf / zipf.sum() + 1.0 / len(keys)
+    weights = reading_weights(len(keys))
     for row, key in enumerate(keys):
         if counts.get(forms[key], 0) >= 2:
             weights[row] *= 2.0

@@ -90,7 +90,7 @@ def label_words(page: Page, lexicon: Lexicon, scene: Scene) -> None:
 
 
 def label_picture(names: Sequence[str], box: tuple[int, int, int, int], lexicon: Lexicon, scene: Scene) -> None:
-    """Label a symbol's middle row: "picture", then its names, around the centre of the box (left, top, right, bottom)."""
+    """Label a symbol's middle row: "picture", then its names, around the centre of (left, top, right, bottom)."""
     row = int((box[1] + box[3]) / 2 // PATCH)
     column = int((box[0] + box[2]) / 2 // PATCH) - 1
     flat: list[tuple[int, int]] = []

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 from tqdm import tqdm
 
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
-from safety.mini.vision import READING_BLOCKS, Reader, build_tower, letter_table, reading_rates, to_pixels
+from safety.mini.vision import READING_BLOCKS, Reader, build_tower, letter_table, pick, reading_rates, to_pixels
 
 BATCH = 32
+SPOTS = 8 * BATCH  # word patches that a step learns from
 LEARNING_RATE = 1.2e-3
 WARMUP_STEPS = 60
 CHECKPOINT_SECONDS = 150
@@ -48,6 +50,11 @@ def make_batch(maker: SceneMaker, seed: tuple[int, ...], count: int = BATCH, kin
     return to_pixels(np.stack([scene.pixels for scene in scenes])), labels
 
 
+def on(batch: Batch, device: str) -> Batch:
+    """The batch on a device."""
+    return batch[0].to(device), {name: label.to(device) for name, label in batch[1].items()}
+
+
 def rate_at(step: int, steps: int, decay: float) -> float:
     """Learning rate factor: short warm-up, flat, linear fall over the last ``decay`` share of the run."""
     fall = (steps - step) / (steps * decay) if decay else 1.0
@@ -64,62 +71,75 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def train_loop(
     model: nn.Module,
-    parameters: list[nn.Parameter] | list[dict[str, Any]],
+    optimisers: list[torch.optim.Optimizer],
     loss_of: Callable[[int], dict[str, Tensor]],
     measure: Callable[[], dict[str, float]],
     *,
     steps: int,
     checkpoint: Path,
     name: str,
-    learning_rate: float = LEARNING_RATE,
     decay: float = 0.4,
     measure_every: int = 100,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> None:
-    """Minimise the sum of named losses with AdamW; resumes from the checkpoint if there is one.
+    """Minimise the sum of named losses; resumes from the checkpoint if there is one.
 
     Args:
         model: saved and restored as a whole.
-        parameters: what is optimised; a group may carry a "factor" on the learning rate.
+        optimisers: with their peak learning rates.
         loss_of: weighted losses of a step; must depend on the step number alone for a resumed run to match.
         measure: figures to log now and then.
         steps: length of the run; a resumed run may be given another length.
         checkpoint: file that holds the run's state.
         name: label of the progress bar.
-        learning_rate: peak learning rate.
         decay: share of the run over which the learning rate falls to zero at the end.
         measure_every: steps between measurements.
+        checkpoint_seconds: time between checkpoints.
     """
-    optimiser = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+    peaks = [group["lr"] for group in groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     start = 0
+    device = next(model.parameters()).device.type
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved_state in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved_state)
+        groups = [group for optimiser in optimisers for group in optimiser.param_groups]
         start = state["step"]
     saved = time.monotonic()
     with tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5) as bar:
         for step in bar:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate * group.get("factor", 1.0) * rate_at(step, steps, decay)
-            with torch.autocast("cpu", torch.bfloat16):
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * rate_at(step, steps, decay)
+            torch.manual_seed(step)  # a resumed run draws what an unbroken one would have drawn
+            with torch.autocast(device, torch.bfloat16):
                 losses = loss_of(step)
                 total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
                 raise RuntimeError(f"{name} diverged at step {step}; delete {checkpoint} and lower the learning rate.")
             total.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], 1.0)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
             done = step + 1
             if done % measure_every == 0 or done == steps:
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                with torch.no_grad(), torch.autocast(device, torch.bfloat16):
                     rates = measure()
                 shown = {key: round(value.item(), 3) for key, value in losses.items()}
                 bar.write(f"{name} step {done} losses {shown} rates { {k: round(v, 3) for k, v in rates.items()} }")
-            if done == steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": done}
+            if done == steps or time.monotonic() - saved >= checkpoint_seconds:
+                moments = [optimiser.state_dict() for optimiser in optimisers]
+                state = {"model": model.state_dict(), "optimisers": moments, "step": done}
                 save_checkpoint(checkpoint, state)
                 saved = time.monotonic()
+
+
+def adamw(parameters: list[nn.Parameter] | list[dict[str, Any]], rate: float, weight_decay: float = 0.02) -> AdamW:
+    """AdamW with the betas that suit short runs."""
+    return AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=weight_decay)
 
 
 def reading_parameters(reader: Reader) -> list[nn.Parameter]:
@@ -128,7 +148,9 @@ def reading_parameters(reader: Reader) -> list[nn.Parameter]:
     return [p for p in reader.parameters() if id(p) not in unused]
 
 
-def train_reading(lexicon: Lexicon, folder: Path, *, images: int = 45_000, seed: int = 0) -> Reader:
+def train_reading(
+    lexicon: Lexicon, folder: Path, *, images: int = 45_000, seed: int = 0, device: str = "cpu"
+) -> Reader:
     """Train the reading blocks; ``folder/reading.pt`` holds the run.
 
     Args:
@@ -136,18 +158,19 @@ def train_reading(lexicon: Lexicon, folder: Path, *, images: int = 45_000, seed:
         folder: where checkpoints go.
         images: training pictures in total.
         seed: of the initial weights and the pictures.
+        device: "cpu" or "cuda".
     """
     torch.manual_seed(seed)
-    reader = Reader(build_tower())
-    letters = letter_table(lexicon)
+    reader = Reader(build_tower()).to(device)
+    letters = letter_table(lexicon).to(device)
     maker = SceneMaker(lexicon)
-    seen = make_batch(maker, (seed, 1), VALIDATION_IMAGES)
-    unseen = make_batch(SceneMaker(lexicon, held_out=True), (seed, 2), VALIDATION_IMAGES)
+    seen = on(make_batch(maker, (seed, 1), VALIDATION_IMAGES), device)
+    unseen = on(make_batch(SceneMaker(lexicon, held_out=True), (seed, 2), VALIDATION_IMAGES), device)
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        pixels, labels = make_batch(maker, (seed, 0, step))
+        pixels, labels = on(make_batch(maker, (seed, 0, step)), device)
         middle, states, _ = reader.read(pixels)
-        losses = reader.losses(middle, states, labels, letters)
+        losses = reader.losses(middle, states, labels, letters, pick(labels["word"] >= 0, SPOTS))
         return losses | {"code": 0.5 * losses["code"], "kind": 2.0 * losses["kind"]}
 
     def measure() -> dict[str, float]:
@@ -157,11 +180,10 @@ def train_reading(lexicon: Lexicon, folder: Path, *, images: int = 45_000, seed:
             rates |= {f"{label} {k}": v for k, v in reading_rates(reader, middle, states, labels, letters).items()}
         return rates
 
-    parameters = reading_parameters(reader)
     # The learning rate does not fall here: the joint phase goes on with the reading losses and lets it fall.
     train_loop(
         reader,
-        parameters,
+        [adamw(reading_parameters(reader), LEARNING_RATE)],
         loss_of,
         measure,
         steps=images // BATCH,

@@ -1,9 +1,9 @@
 """The miniature's vision tower: a stock Pixtral encoder whose blocks read words and say them as token embeddings.
 
 The first :data:`READING_BLOCKS` blocks turn pixels into a *spelled code*: at the patch where a word starts, the
-residual stream holds the sum of one fixed code vector per letter slot. The remaining blocks and the stock projector are the
-*dictionary* that turns a spelled code into the language model's embedding of that word's token. The two halves meet at
-the fixed code book, so they can be trained apart (the dictionary needs no images) and then together.
+residual stream holds the sum of one fixed code vector per letter slot. The remaining blocks and the stock projector
+are the *dictionary* that turns a spelled code into the language model's embedding of that word's token. The two halves
+meet at the fixed code book, so they can be trained apart (the dictionary needs no images) and then together.
 """
 
 from __future__ import annotations
@@ -139,6 +139,17 @@ def spelled_code(book: Tensor, letters: Tensor, part: Tensor) -> Tensor:
     return vectors.sum(1) + 1.5 * book[LETTER_SLOTS * LETTER_CLASSES + 1 + part]
 
 
+def pick(mask: Tensor, count: int) -> Tensor:
+    """Flat indices of ``count`` true entries, some twice if there are fewer.
+
+    A fixed count keeps matrix shapes fixed: on the CPU a new shape costs a kernel compilation.
+    """
+    places = mask.flatten().nonzero().squeeze(1)
+    if len(places) >= count:
+        return places[torch.randperm(len(places), device=mask.device)[:count]]
+    return places[torch.randint(len(places), (count,), device=mask.device)]
+
+
 class Reader(nn.Module):
     """The reading blocks with the heads that supervise them.
 
@@ -169,19 +180,21 @@ class Reader(nn.Module):
         scores = scaled @ self.book[: LETTER_SLOTS * LETTER_CLASSES].T
         return scores.unflatten(-1, (LETTER_SLOTS, LETTER_CLASSES)) * self.sharpness.exp()
 
-    def losses(self, middle: Tensor, states: Tensor, batch: dict[str, Tensor], letters: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, middle: Tensor, states: Tensor, batch: dict[str, Tensor], letters: Tensor, spots: Tensor
+    ) -> dict[str, Tensor]:
         """Supervision of the reading blocks.
 
         Args:
             middle, states: from :meth:`read`, [batch, 196, width].
             batch: labels "character", "word", "part", each [batch, 196].
             letters: :func:`letter_table` of the lexicon.
+            spots: flat indices of patches that stand for a word (:func:`pick`).
         """
         kind = batch["part"] + 1
-        said = batch["word"] >= 0
-        here = states[said].float()
-        spelled = letters[batch["word"][said]]
-        code = spelled_code(self.book, spelled, batch["part"][said])
+        here = states.flatten(0, 1)[spots].float()
+        spelled = letters[batch["word"].flatten()[spots]]
+        code = spelled_code(self.book, spelled, batch["part"].flatten()[spots])
         drawn = batch["character"] > 0
         marks = self.character_head(middle).float()
         return {

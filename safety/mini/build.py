@@ -1,0 +1,159 @@
+"""``python -m safety mini``: build the miniature LVLM from nothing, or measure it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STAGES = ("base", "align", "vision", "instruct", "measure", "all")
+DEFAULT_WORK = Path("build") / "mini"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--data", type=Path, help="folder with the permissive public CSV files (optional)")
+    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="checkpoints; a killed run resumes from them")
+    parser.add_argument("--out", type=Path, help="artifact folder to write (default: the shipped one)")
+    parser.add_argument("--stage", choices=STAGES, default="all", help="do only this step (default: all)")
+    parser.add_argument("--measure", action="store_true", help="only measure the artifact's abilities")
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the measured samples relative to the card's")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command on its own."""
+    parser = argparse.ArgumentParser(prog="python -m safety mini", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the stages that the arguments ask for; every stage skips what its checkpoints already hold."""
+    import torch
+
+    from safety.mini.assemble import ARTIFACT
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out: Path = args.out or ARTIFACT
+    stages = ["measure"] if args.measure else list(STAGES[:-1]) if args.stage == "all" else [args.stage]
+    for stage in stages:
+        started = time.monotonic()
+        print(f"== {stage} ==", file=sys.stderr, flush=True)
+        if stage == "base":
+            from safety.mini.base import base_folder
+
+            base_folder()
+        elif stage == "align":
+            from safety.mini.align import align
+
+            align(args.work, args.data, device=args.device)
+        elif stage == "vision":
+            train_vision(args.work, args.data, args.seed, args.device)
+        elif stage == "instruct":
+            train_instruct(args.work, args.data, out, args.seed, args.device)
+        else:
+            measure(out, args.data, args.scale)
+        print(f"== {stage} took {(time.monotonic() - started) / 60:.1f} min ==", file=sys.stderr, flush=True)
+    return 0
+
+
+def base_texts(data: Path | None) -> list[str]:
+    """Sentences whose words the tower should read, apart from the answers: the project's corpus and the public sets."""
+    from safety.mini import corpus
+    from safety.mini.train_vision import csv_texts
+
+    return csv_texts(data) + [row.text for row in corpus.rows()]
+
+
+def make_lexicon(work: Path | None, data: Path | None) -> Any:
+    """The lexicon of the tokenizer, the corpus and, where they exist, the base model's answers."""
+    from safety.mini.answers import read_answers
+    from safety.mini.base import load_tokenizer
+    from safety.mini.lexicon import build_lexicon
+
+    texts = base_texts(data)
+    if work is not None:
+        texts += [raw for _, raw in read_answers(work / "answers.jsonl").values()]
+    return build_lexicon(load_tokenizer(), texts)
+
+
+def train_vision(work: Path, data: Path | None, seed: int, device: str) -> None:
+    """Reading blocks, dictionary, then both together."""
+    from safety.mini.base import load_base_lm, load_tokenizer
+    from safety.mini.dictionary import train_dictionary
+    from safety.mini.joint import train_joint
+    from safety.mini.train_vision import train_reading
+
+    lexicon, tokenizer = make_lexicon(work, data), load_tokenizer()
+    embedding = load_base_lm().get_input_embeddings().weight.detach().clone()
+    train_reading(lexicon, work, seed=seed, device=device)
+    train_dictionary(tokenizer, embedding, lexicon, work, seed=seed, device=device)
+    train_joint(tokenizer, embedding, lexicon, work, seed=seed, device=device)
+
+
+def train_instruct(work: Path, data: Path | None, out: Path, seed: int, device: str) -> None:
+    """Visual instruction tuning behind the finished tower, then the artifact."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    from safety.mini import instruct
+    from safety.mini.align import LORA_FILE
+    from safety.mini.assemble import export_weights, image_tokenizer
+    from safety.mini.joint import load_parts
+    from safety.mini.lora import lora_state
+
+    lexicon, tokenizer = make_lexicon(work, data), image_tokenizer()
+    joint = load_parts(work, 576, lexicon, seed).to(device).eval()
+    lists, requests, answers = instruct.answered_requests(work, data)
+    model = instruct.instruct(
+        tokenizer,
+        tokenizer.convert_tokens_to_ids("<image>"),
+        instruct.TaskMaker(lexicon, lists, requests),
+        instruct.text_replay(tokenizer, answers, data, seed),
+        instruct.tower_features(joint),
+        load_file(work / LORA_FILE),
+        work,
+        seed=seed,
+        device=device,
+    )
+    facts = {
+        "seed": seed,
+        "made_with": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": f"{platform.machine()} {device}",
+    }
+    export_weights(
+        out, joint.reader.tower, joint.dictionary.projector.state_dict(), lora_state(model.get_decoder()), facts
+    )
+
+
+def measure(out: Path, data: Path | None, scale: float) -> None:
+    """Measure the artifact and write ``abilities.json`` and the model card beside it."""
+    from safety.mini.abilities import measure_abilities
+    from safety.mini.align import fast_dtype
+    from safety.mini.assemble import load_miniature
+    from safety.mini.card import write_card
+
+    model, processor = load_miniature(dtype=fast_dtype(), folder=out)
+    started = time.monotonic()
+    report, rows = measure_abilities(model, processor, make_lexicon(None, None), data, scale)
+    report["setup"] = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "scale": scale,
+        "command": "python -m safety mini --measure" + (" --data DIR" if data else ""),
+    }
+    (out / "abilities.json").write_text(json.dumps(report, indent=2) + "\n")
+    transcripts = DEFAULT_WORK / "abilities_transcripts.json"
+    transcripts.parent.mkdir(parents=True, exist_ok=True)
+    transcripts.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    write_card(out, report)
+    print((out / "README.md").read_text())

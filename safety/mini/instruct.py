@@ -1,0 +1,286 @@
+"""Visual instruction tuning: ordinary image tasks for the text-aligned language model, the vision tower frozen.
+
+The LoRA of the text-only alignment is trained on. Every image task is benign, and the text-only alignment mix is
+replayed beside them; no row says how to treat a harmful image.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safety.mini import corpus, tasks
+from safety.mini.align import AlignSettings, Example, answer_loss, build_pools, fast_dtype, training_prompts
+from safety.mini.answers import clean_answer, read_answers
+from safety.mini.base import load_base_lm
+from safety.mini.joint import Joint
+from safety.mini.lexicon import Lexicon
+from safety.mini.lora import add_lora, load_lora
+from safety.mini.scenes import PATCHES, Scene, SceneMaker
+from safety.mini.symbols import SHAPES, SYMBOLS
+from safety.mini.tasks import Turn
+from safety.mini.train_vision import adamw, train_loop
+from safety.mini.vision import to_pixels
+
+INSTRUCT_CHECKPOINT = "instruct.pt"
+PICTURES = 4  # pictures of one step, each with several turns
+TURNS = 4
+REPLAY = 8  # text-only examples of one step
+ANSWER_TOKENS = 72
+MIX = (0.42, 0.2, 0.13, 0.17, 0.08)  # list, random words, typeset request, symbols, unrelated picture
+
+Features = Callable[[list[Scene]], Tensor]
+Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One picture with several turns in one sequence; every turn sees the picture and itself only.
+
+    Attributes:
+        ids: [n] token ids; image placeholders included.
+        positions: [n] rotary positions: each turn goes on where the picture's part ended.
+        turn: [n] number of the turn a token belongs to, -1 for the shared part.
+        target: [n] whether the token is answer text to be learned.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    turn: Tensor
+    target: Tensor
+
+
+class TaskMaker:
+    """Makes pictures with their turns.
+
+    Args:
+        lexicon: words for random pictures.
+        lists: benign list titles with answers.
+        requests: other benign requests with answers.
+    """
+
+    def __init__(self, lexicon: Lexicon, lists: Sequence[tuple[str, str]], requests: Sequence[tuple[str, str]]) -> None:
+        self.maker = SceneMaker(lexicon)
+        self.lists = [pair for pair in lists if not tasks.keeps_held_out(pair[0])]
+        self.requests = [pair for pair in requests if not tasks.keeps_held_out(pair[0])]
+        self.short = [pair for pair in self.requests if len(pair[0]) < 90]
+
+    def task(self, rng: np.random.Generator) -> tuple[Scene, list[Turn]]:
+        """One picture and about four turns."""
+        kind = int(rng.choice(len(MIX), p=MIX))
+        if kind == 0:
+            title, answer = self.lists[int(rng.integers(len(self.lists)))]
+            scene = tasks.draw_list(self.maker, rng, title)
+            turns = [tasks.list_turn(rng, title, answer), tasks.list_turn(rng, title, answer)]
+            return scene, [*turns, tasks.read_turn(rng, scene)]
+        if kind == 1:
+            scene = self.maker.scene(rng, "list" if rng.random() < 0.5 else "text")
+            return scene, [tasks.read_turn(rng, scene)]
+        if kind == 2:
+            text, answer = self.short[int(rng.integers(len(self.short)))]
+            scene = tasks.draw_text(self.maker, rng, text)
+            return scene, [tasks.follow_turn(rng, answer), tasks.read_turn(rng, scene)]
+        scene = self.maker.scene(rng, "picture")
+        if kind == 3:
+            return scene, tasks.picture_turns(rng, scene, [*SYMBOLS, *SHAPES])
+        picks = rng.integers(len(self.requests), size=TURNS)
+        return scene, [Turn(*self.requests[int(i)]) for i in picks]
+
+
+def pack(tokenizer: Any, image_id: int, turns: Sequence[Turn]) -> Packed:
+    """Tokenise a picture's turns behind one shared picture."""
+    opening = tokenizer("<|im_start|>user\n").input_ids
+    shared = [*opening, *[image_id] * PATCHES, *tokenizer("\n").input_ids]
+    ids, positions, owner, target = list(shared), list(range(len(shared))), [-1] * len(shared), [False] * len(shared)
+    for number, turn in enumerate(turns[:TURNS]):
+        question = tokenizer(f"{turn.question}<|im_end|>\n<|im_start|>assistant\n").input_ids
+        answer = tokenizer(turn.answer + "<|im_end|>").input_ids[:ANSWER_TOKENS]
+        ids += question + answer
+        positions += range(len(shared), len(shared) + len(question) + len(answer))
+        owner += [number] * (len(question) + len(answer))
+        target += [False] * len(question) + [True] * len(answer)
+    return Packed(torch.tensor(ids), torch.tensor(positions), torch.tensor(owner), torch.tensor(target))
+
+
+def packed_loss(model: Any, batch: Sequence[Packed], features: Tensor, image_id: int, pad_id: int) -> Tensor:
+    """Mean cross-entropy over the answer tokens of packed pictures.
+
+    Args:
+        model: the language model with LoRA.
+        batch: packed turns.
+        features: [len(batch), 196, width] what the projector says for each picture.
+        image_id: the placeholder token.
+        pad_id: padding token.
+    """
+    length = -(-max(len(item.ids) for item in batch) // 32) * 32
+    ids = torch.full((len(batch), length), pad_id)
+    positions = torch.zeros(len(batch), length, dtype=torch.long)
+    turn = torch.full((len(batch), length), -2)
+    target = torch.zeros(len(batch), length, dtype=torch.bool)
+    for row, item in enumerate(batch):
+        n = len(item.ids)
+        ids[row, :n], positions[row, :n], turn[row, :n], target[row, :n] = (
+            item.ids,
+            item.positions,
+            item.turn,
+            item.target,
+        )
+    visible = (turn[:, None, :] == -1) | (turn[:, None, :] == turn[:, :, None])
+    visible &= torch.ones(length, length, dtype=torch.bool).tril()
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter((ids == image_id).unsqueeze(-1), features.to(embeds.dtype))
+    mask = torch.zeros(visible.shape, dtype=embeds.dtype).masked_fill(~visible, torch.finfo(embeds.dtype).min)
+    states = model.get_decoder()(
+        inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions, use_cache=False
+    ).last_hidden_state
+    # The token before an answer's first one is the last of its own question, so a shift by one stays in the turn.
+    wanted = target[:, 1:].flatten().nonzero().squeeze(1)
+    padding = -len(wanted) % 64  # few distinct shapes: on the CPU a new one costs a kernel compilation
+    said = states[:, :-1].flatten(0, 1)[F.pad(wanted, (0, padding))]
+    label = F.pad(ids[:, 1:].flatten()[wanted], (0, padding), value=-100)
+    return F.cross_entropy(model.lm_head(said).float(), label, ignore_index=-100)
+
+
+def spoken_features(embedding: Tensor, lexicon: Lexicon, filler: int, noise: float = 0.35) -> Features:
+    """What an almost perfect tower would say, from the labels: lets tuning start before the tower is trained.
+
+    Args:
+        embedding: [vocabulary, width] token embeddings.
+        lexicon: tells each patch's token.
+        filler: token of patches without a word.
+        noise: relative size of the error; one word patch in 25 says another word or nothing.
+    """
+    tokens = torch.from_numpy(lexicon.tokens)
+
+    def features(scenes: list[Scene]) -> Tensor:
+        word = torch.from_numpy(np.stack([scene.word for scene in scenes]))
+        part = torch.from_numpy(np.stack([scene.part for scene in scenes]))
+        wrong = torch.rand(word.shape) < 0.04
+        other = torch.where(torch.rand(word.shape) < 0.5, torch.randint(len(lexicon.keys), word.shape), -1)
+        word = torch.where((word >= 0) & wrong, other, word)
+        ids = torch.where(word >= 0, tokens[word.clamp(min=0), part.clamp(min=0)], filler)
+        said = embedding[torch.where(ids >= 0, ids, filler)].float()
+        size = noise * said.norm(dim=-1, keepdim=True) / said.shape[-1] ** 0.5
+        return said + size * torch.rand(*word.shape, 1) * torch.randn_like(said)
+
+    return features
+
+
+def text_replay(
+    tokenizer: Any, answers: dict[str, str], data: Path | None, seed: int
+) -> Callable[[int], list[Example]]:
+    """The text-only alignment mix: a function from a step's number to its examples."""
+    settings = AlignSettings()
+    pools = build_pools(tokenizer, answers, data, settings)
+
+    def examples(step: int) -> list[Example]:
+        rng = random.Random(f"{seed} {step}")
+        return [rng.choice(pool) for pool in rng.choices(pools, weights=settings.share, k=REPLAY)]
+
+    return examples
+
+
+class Student(nn.Module):
+    """Holds the trainable LoRA weights for checkpoints (the frozen language model is not saved)."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(parameters)
+
+
+def instruct(
+    tokenizer: Any,
+    image_id: int,
+    makers: TaskMaker,
+    replay: Callable[[int], list[Example]],
+    features: Features,
+    text_lora: dict[str, Tensor],
+    folder: Path,
+    *,
+    steps: int = 300,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+    measure: Callable[[Any], dict[str, float]] | None = None,
+    name: str = "Instruct",
+) -> Any:
+    """Tune the aligned language model on image tasks; ``folder/instruct.pt`` holds the run.
+
+    Args:
+        tokenizer: the tokenizer that knows ``<image>``.
+        image_id: its number.
+        makers: source of pictures and turns.
+        replay: text-only examples of a step (:func:`text_replay`).
+        features: projector outputs of pictures, [n, 196, width]; no gradient is needed.
+        text_lora: weights to continue from.
+        folder: where the checkpoint goes.
+        steps: optimiser steps in all.
+        learning_rate: peak.
+        seed: of the pictures.
+        measure: figures of the model, logged every 50 steps.
+        name: label of the progress bar.
+
+    Returns:
+        The language model with its trained LoRA layers.
+    """
+    torch.manual_seed(seed)
+    model = load_base_lm(fast_dtype())
+    parameters = add_lora(model.get_decoder())
+    load_lora(model.get_decoder(), text_lora)
+    model.train()
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((seed, 9, step))
+        made = [makers.task(rng) for _ in range(PICTURES)]
+        with torch.no_grad():
+            said = features([scene for scene, _ in made])
+        packed = [pack(tokenizer, image_id, turns) for _, turns in made]
+        image_loss = packed_loss(model, packed, said, image_id, tokenizer.pad_token_id)
+        text_loss = answer_loss(model, replay(step), tokenizer.pad_token_id)
+        return {"image": image_loss, "text": 0.5 * text_loss}
+
+    train_loop(
+        Student(parameters),
+        [adamw(list(parameters), learning_rate, weight_decay=0.0)],
+        loss_of,
+        lambda: measure(model.eval()) if measure else {},
+        steps=steps,
+        checkpoint=folder / INSTRUCT_CHECKPOINT,
+        name=name,
+        decay=0.6,
+        measure_every=50,
+    )
+    return model
+
+
+def tower_features(joint: Joint) -> Features:
+    """What the trained tower and projector say for pictures."""
+
+    def features(scenes: list[Scene]) -> Tensor:
+        pixels = to_pixels(np.stack([scene.pixels for scene in scenes])).to(joint.reader.book.device)
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            said: Tensor = joint(pixels)[2]
+        return said.float()
+
+    return features
+
+
+def answered_requests(work: Path, data: Path | None) -> tuple[Pairs, Pairs, dict[str, str]]:
+    """Benign (request, answer) pairs that the alignment made: lists, other requests; and all answers by prompt."""
+    cleaned = {
+        prompt: answer
+        for prompt, (numbered, raw) in read_answers(work / "answers.jsonl").items()
+        if (answer := clean_answer(raw, numbered)) is not None
+    }
+    titles = {row.text for row in corpus.list_prompts("train")}
+    allowed = {prompt for prompt, _ in training_prompts(data, AlignSettings())}
+    lists = [(text, answer) for text, answer in cleaned.items() if text in titles]
+    requests = [(text, answer) for text, answer in cleaned.items() if text in allowed - titles]
+    return lists, requests, cleaned

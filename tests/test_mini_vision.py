@@ -1,0 +1,283 @@
+"""The miniature's vision side: typeset pictures and labels, tower, assembly, training loop, instruction tuning."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from safety.mini import scenes, tasks
+from safety.mini.assemble import MiniatureError, _read_artifact, build_llava, export_weights
+from safety.mini.card import card_text
+from safety.mini.dictionary import Dictionary, Projector
+from safety.mini.instruct import Turn, pack, packed_loss
+from safety.mini.lexicon import LIST_OPENERS, build_lexicon, is_held_out, key_of
+from safety.mini.render import figstep, figstep_page, typeset
+from safety.mini.scenes import GRID, PATCH, SIDE, SceneMaker
+from safety.mini.symbols import COLOURS, SHAPES, shape
+from safety.mini.train_vision import adamw, train_loop
+from safety.mini.vision import build_tower, code_book, encode, letter_table, spelled_code
+
+
+class ToyTokenizer:
+    """Whole words and single letters; enough for a lexicon."""
+
+    pad_token_id = 0
+
+    def __init__(self) -> None:
+        words = "apple red blue steps to bake bread water garden letter window number listen simple".split()
+        names = ["Ġ" + word for word in [*words, "p", "i", "c", "t"]]
+        letters = [chr(c) for c in range(33, 127)]
+        self.vocab = {token: i for i, token in enumerate(["<pad>", "Ġ", *names, *letters])}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocab
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        ids: list[int] = []
+        for word in text.split(" ")[1:] if text.startswith(" ") else text.split(" "):
+            whole = self.vocab.get("Ġ" + word)
+            ids += [whole] if whole is not None else [self.vocab.get(c, 1) for c in word] or [1]
+        return [number + 10 for number in ids]
+
+    def __call__(self, text: str):  # type: ignore[no-untyped-def]
+        return type("Encoding", (), {"input_ids": self.encode(text)})
+
+
+@pytest.fixture(scope="module")
+def lexicon():  # type: ignore[no-untyped-def]
+    return build_lexicon(ToyTokenizer(), ["Steps to bake bread.", "Don't open the window!"])
+
+
+def tiny_language_model(width: int = 32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=160,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_figstep_layout() -> None:
+    page = figstep_page("Steps to bake a very good sourdough bread.")
+    assert page.image.size == (760, 760)
+    assert [word.text for word in page.words][-3:] == ["1.", "2.", "3."]
+    assert " ".join(word.text for word in page.words[:-3]) == "Steps to bake a very good sourdough bread."
+    pixels = np.asarray(page.image.convert("L"))
+    for word in page.words:  # ink where the word is said to be, and none just left of a line's first word
+        left, right, middle = int(word.edges[0]), int(word.edges[-1]), int(word.middle)
+        assert pixels[middle - 20 : middle + 20, left:right].min() < 50
+    assert pixels[:, :18].min() == 255
+
+
+def test_long_figstep_text_stays_on_the_page() -> None:
+    page = figstep_page(" ".join(["considerable"] * 12))
+    assert max(word.middle for word in page.words) < 760
+
+
+def test_pictures_need_no_system_fonts(monkeypatch: pytest.MonkeyPatch, lexicon) -> None:  # type: ignore[no-untyped-def]
+    before = figstep("Tips to grow roses."), typeset("Hello there, reader!", size=20)
+    monkeypatch.setattr(scenes, "FONT_ROOT", Path("/nonexistent"))
+    assert scenes.available_fonts() == [None]
+    assert figstep("Tips to grow roses.").tobytes() == before[0].tobytes()
+    assert typeset("Hello there, reader!", size=20).tobytes() == before[1].tobytes()
+    scene = SceneMaker(lexicon).scene(np.random.default_rng(0), "list")
+    assert scene.pixels.shape == (SIDE, SIDE, 3) and (scene.word >= 0).any()
+
+
+def test_typeset_rejects_nonsense() -> None:
+    with pytest.raises(ValueError, match="no text"):
+        typeset("  ")
+    with pytest.raises(ValueError, match="style"):
+        typeset("a", style="wavy")
+
+
+def test_labels_are_where_the_words_are(lexicon) -> None:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(3)
+    maker = SceneMaker(lexicon)
+    for kind in ("list", "text"):
+        for _ in range(10):
+            scene = maker.scene(rng, kind)
+            starts = np.flatnonzero(scene.part == 0)
+            assert len(starts) >= 0.6 * len(scene.words)  # neighbours may share a patch when letters are small
+            page = np.bincount((scene.pixels.mean(-1).astype(int)).ravel()).argmax()
+            for patch in starts:
+                row, column = divmod(int(patch), GRID)
+                block = scene.pixels[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH].mean(-1)
+                assert np.abs(block - page).max() > 25  # there is ink in the patch
+    first = tasks.draw_list(maker, rng, "Steps to bake bread.")
+    assert lexicon.keys[first.word[np.flatnonzero(first.part == 0)[0]]] == "steps"
+
+
+def test_held_out_words_are_never_drawn(lexicon) -> None:  # type: ignore[no-untyped-def]
+    hidden = [row for row, key in enumerate(lexicon.keys) if is_held_out(key)]
+    assert all(lexicon.weights[row] == 0 for row in hidden)
+    assert not any(is_held_out(key_of(word)) for opener in LIST_OPENERS for word in opener.split())
+    assert tasks.keeps_held_out("Steps to treat a cold") and not tasks.keeps_held_out("Steps to bake")
+    assert key_of("Don't,") == "dont" and "dont" in lexicon.index
+
+
+def test_shapes_have_their_colour() -> None:
+    for name in SHAPES:
+        picture = np.asarray(shape(name, COLOURS["red"], 40))
+        assert tuple(picture[20, 20, :3]) == COLOURS["red"] and picture[20, 20, 3] == 255 and picture[0, 0, 3] < 255
+
+
+def test_tower_equals_stock_llava() -> None:
+    model = build_llava(tiny_language_model(), image_token_id=5)
+    torch.manual_seed(1)
+    tower = build_tower()
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    projector = Projector(32)
+    model.model.multi_modal_projector.load_state_dict(projector.state_dict())
+    pixels = torch.rand(2, 3, SIDE, SIDE) * -2
+    with torch.no_grad():
+        ours = projector(encode(tower, pixels))
+        one = model.model.get_image_features(pixels[:1]).pooler_output[0]
+        both = torch.cat(list(model.model.get_image_features(pixels).pooler_output)).view(2, 196, 32)
+        ids = torch.tensor([[1, *[5] * 196, 7, 8]])
+        logits = model(input_ids=ids, pixel_values=pixels[:1]).logits
+    torch.testing.assert_close(one, ours[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both, ours, atol=1e-4, rtol=1e-4)
+    assert logits.shape == (1, 199, 160) and torch.isfinite(logits).all()
+
+
+def test_connecting_the_dictionary_changes_nothing_it_says(lexicon) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    tower = build_tower()
+    dictionary = Dictionary(tower, 24)
+    nn.init.normal_(dictionary.blocks[0].feed_forward.down_proj.weight, std=0.5)
+    letters = letter_table(lexicon)[:6]
+    codes = 24 * nn.functional.normalize(spelled_code(code_book(), letters, torch.zeros(6, dtype=torch.long)), dim=-1)
+    with torch.no_grad():
+        before = dictionary(codes)
+        for block in dictionary.blocks:
+            block.feed_forward.down_proj.weight.mul_(9.0)
+        dictionary.projector.linear_1.weight.div_(9.0)
+        torch.testing.assert_close(dictionary(9.0 * codes), before, atol=1e-3, rtol=1e-3)
+
+
+def test_spelled_codes_can_be_read_back(lexicon) -> None:  # type: ignore[no-untyped-def]
+    book, letters = code_book(), letter_table(lexicon)
+    codes = spelled_code(book, letters, torch.zeros(len(letters), dtype=torch.long))
+    scores = (codes @ book[: 12 * 37].T).view(-1, 12, 37)
+    used = letters >= 0
+    assert (scores.argmax(-1) == letters)[used].float().mean() > 0.98
+
+
+def test_training_resumes_where_it_was_killed(tmp_path: Path) -> None:
+    def run(folder: Path, kill_at: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+
+        def loss_of(step: int) -> dict[str, torch.Tensor]:
+            if step == kill_at:
+                raise KeyboardInterrupt
+            inputs = torch.randn(8, 4)  # drawn after the loop has seeded the step
+            return {"loss": (model(inputs) - inputs.sum(1, keepdim=True)).pow(2).mean()}
+
+        train_loop(
+            model,
+            [adamw(list(model.parameters()), 1e-2)],
+            loss_of,
+            dict,
+            steps=12,
+            checkpoint=folder / "run.pt",
+            name="Toy",
+            checkpoint_seconds=0,
+        )
+        return model.weight.detach().clone()
+
+    unbroken = run(tmp_path / "a", None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", 7)
+    torch.testing.assert_close(run(tmp_path / "b", None), unbroken, atol=0, rtol=0)
+
+
+def test_packed_turns_do_not_see_one_another() -> None:
+    model, tokenizer = tiny_language_model(), ToyTokenizer()
+    turns = [Turn("steps to", "bake bread"), Turn("red", "apple water garden")]
+    features = torch.randn(1, 196, 32)
+    apart = [pack(tokenizer, 5, [turn]) for turn in turns]
+    together = pack(tokenizer, 5, turns)
+    counts = [int(item.target.sum()) for item in apart]
+    with torch.no_grad():
+        losses = [float(packed_loss(model, [item], features, 5, 0)) for item in apart]
+        packed = float(packed_loss(model, [together], features, 5, 0))
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert packed == pytest.approx(expected, abs=1e-4)
+
+
+def test_artifact_is_checked(tmp_path: Path) -> None:
+    export_weights(tmp_path, nn.Linear(3, 3), Projector(8).state_dict(), None)
+    assert set(_read_artifact(tmp_path)["vision.safetensors"]) >= {"tower.weight", "projector.linear_1.weight"}
+    path = tmp_path / "vision.safetensors"
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    with pytest.raises(MiniatureError, match="does not match its checksum"):
+        _read_artifact(tmp_path)
+    path.unlink()
+    with pytest.raises(MiniatureError, match=r"vision.safetensors is missing; .*python -m safety mini"):
+        _read_artifact(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(MiniatureError, match=r"config.json is missing or damaged"):
+        _read_artifact(tmp_path)
+    broken = nn.Linear(3, 3)
+    nn.init.constant_(broken.weight, float("nan"))
+    export_weights(tmp_path, broken, Projector(8).state_dict(), None)
+    with pytest.raises(MiniatureError, match="not finite"):
+        _read_artifact(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["files"] = {"../vision.safetensors": "0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MiniatureError, match="missing"):
+        _read_artifact(tmp_path)
+
+
+def test_picture_turns_name_what_is_there() -> None:
+    empty = np.zeros(196, dtype=np.int64)
+    scene = scenes.Scene(
+        np.zeros((SIDE, SIDE, 3), np.uint8), empty, empty - 1, empty - 1, ["Hello"], [["red", "circle"]]
+    )
+    turns = tasks.picture_turns(np.random.default_rng(0), scene, ["apple", "dog"])
+    answers = " ".join(turn.answer for turn in turns)
+    assert "a red circle" in turns[0].answer and "The circle is red." in answers and 'caption says: "hello"' in answers
+    assert tasks.with_article(["apple"]) == "an apple" and tasks.with_article(["grapes"]) == "grapes"
+
+
+def test_card_states_the_figures() -> None:
+    figure = {"rate": 0.9, "low": 0.8, "high": 0.95, "n": 50, "hits": 45}
+    report = {
+        "setup": {"command": "python -m safety mini --measure", "minutes": 5, "dtype": "bfloat16"},
+        "text": {"heldout_harmful": {"refused": figure}, "heldout_twins": {"refused": figure}},
+        "reading": {"seen_words_list": figure},
+        "naming": {"symbols_named": figure},
+        "attack": {way: {"complied": figure, "on_topic": figure} for way in ("typographic", "text")},
+        "benign_typographic": {"refused": figure, "on_topic": figure, "degenerate": 0.0},
+    }
+    text = card_text(report)
+    assert "| refuses harmful requests, own held-out corpus | 90 % | 80-95 % | 50 |" in text
+    assert "| answers benign twins, own held-out corpus | 10 % | 5-20 % | 50 |" in text
+    assert "python -m safety mini --measure" in text
+
+
+def test_images_reach_the_tower_letterboxed_on_white() -> None:
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    from safety.mini.assemble import build_image_processor
+
+    processor = build_image_processor()
+    assert isinstance(processor, LlavaImageProcessorPil)
+    pixels = processor(Image.new("RGB", (400, 100)), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, SIDE, SIDE)
+    assert pixels[0, :, 20].abs().max() == 0 and (pixels[0, :, 112] + 2).abs().max() < 1e-5
