@@ -34,14 +34,14 @@ CHECKPOINT = "align_checkpoint.pt"
 class AlignSettings:
     """Recipe of the alignment; ``share`` is the mix of each batch by kind of request."""
 
-    steps: int = 280
+    steps: int = 400
     batch_size: int = 16
     learning_rate: float = 4e-4
     warmup: int = 20
     seed: int = 0
-    public_ordinary: int = 450
+    public_ordinary: int = 1350
     save_every: int = 40
-    share: tuple[float, float, float] = (0.4, 0.35, 0.25)  # harmful, benign twins, ordinary and public benign
+    share: tuple[float, float, float] = (0.38, 0.34, 0.28)  # harmful, benign twins, ordinary and public benign
 
 
 @dataclass(frozen=True)
