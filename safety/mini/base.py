@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from safety.errors import UserError
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -51,7 +53,7 @@ CHAT_TEMPLATE = (
 Progress = Callable[[int, int], None]
 
 
-class BaseModelError(RuntimeError):
+class BaseModelError(UserError):
     """The language model could not be fetched or converted; the message says what to do."""
 
 
