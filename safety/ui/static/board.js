@@ -49,13 +49,15 @@ function makeColumn(lane, index) {
   summary.setAttribute('role', 'status');
   summary.setAttribute('aria-live', 'polite');
   const speed = html('p', 'speed', foot);
-  return {card, state, badge, text, body, placeholder: text.lastChild, plot, summary, speed, shown: 0, drawn: ''};
+  return {card, state, badge, text, body, placeholder: text.lastChild, plot, summary, speed, shown: 0, width: 0, scale: ''};
 }
 
 function rebuild(view) {
   run = view.run;
+  widths.disconnect();
   columns = view.lanes.map(makeColumn);
   lanesBox.replaceChildren(...columns.map(column => column.card));
+  columns.forEach(column => widths.observe(column.plot));
   lanesBox.dataset.count = columns.length;
   lanesBox.dataset.run = run;
   // On a phone the answers are below the form: bring a new run into view.
@@ -70,8 +72,7 @@ function placeholderText(lane) {
 }
 
 function addTokens(column, lane, threshold) {
-  const {text, body} = column;
-  const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+  if (column.shown === lane.tokens.length) return;
   const fresh = document.createDocumentFragment();
   for (; column.shown < lane.tokens.length; column.shown++) {
     const i = column.shown, harm = lane.harm[i];
@@ -87,18 +88,15 @@ function addTokens(column, lane, threshold) {
     const token = html('span', over ? 'token over' : 'token', fresh, lane.tokens[i]);
     if (harm !== null) token.title = `token ${i} · harm ${harm.toFixed(2)}` + (over ? ` ≥ ${threshold.toFixed(2)}` : '');
   }
-  body.append(fresh);
-  if (atEnd) text.scrollTop = text.scrollHeight;
+  column.body.append(fresh);  // the box keeps to the end by itself (column-reverse): nothing is measured here
 }
 
-function drawTrace(column, lane, view) {
-  const width = Math.max(column.plot.clientWidth, 160), {height, left, right, top, bottom} = PLOT;
-  const signature = [width, view.axis, lane.tokens.length, lane.marks.length, lane.state].join();
-  if (signature === column.drawn) return;
-  column.drawn = signature;
-  const x = i => left + (i + 0.5) * (width - left - right) / view.axis;
-  const y = p => top + (1 - p) * (height - top - bottom);
-  const plot = column.plot, threshold = view.threshold;
+// The trace: a frame that is drawn anew only when its scale changes, and a line that grows.
+function drawFrame(column, view, width) {
+  const {height, left, right, top, bottom} = PLOT, {plot} = column, threshold = view.threshold;
+  column.x = i => left + (i + 0.5) * (width - left - right) / view.axis;
+  column.y = p => top + (1 - p) * (height - top - bottom);
+  const {x, y} = column;
   plot.setAttribute('viewBox', `0 0 ${width} ${height}`);
   plot.replaceChildren();
   if (threshold !== null) svg('rect', {class: 'alarm', x: left, y: y(1), width: width - left - right, height: y(threshold) - y(1)}, plot);
@@ -116,28 +114,44 @@ function drawTrace(column, lane, view) {
     const label = svg('text', {class: 'threshold-label', x: width - right - 2, y: y(threshold) + 12, 'text-anchor': 'end'}, plot);
     label.textContent = 'alarm ≥ ' + threshold.toFixed(2);
   }
-  const points = [];
-  lane.harm.forEach((p, i) => { if (p !== null) points.push([x(i), y(p), p]); });
-  if (points.length) {
-    const line = points.map(([px, py]) => px.toFixed(1) + ',' + py.toFixed(1)).join(' ');
-    svg('polygon', {class: 'area', points: `${points[0][0]},${y(0)} ${line} ${points[points.length - 1][0]},${y(0)}`}, plot);
-    svg('polyline', {class: 'line', points: line}, plot);
-    for (const [px, py, p] of points) {
-      if (threshold !== null && p >= threshold) svg('rect', {class: 'above', x: px - 2, y: py - 2, width: 4, height: 4}, plot);
-    }
-    const [px, py] = points[points.length - 1];
-    if (lane.state === 'streaming') svg('circle', {class: 'head', cx: px, cy: py, r: 3.5}, plot);
+  column.area = svg('polygon', {class: 'area'}, plot);
+  column.line = svg('polyline', {class: 'line'}, plot);
+  column.dots = svg('g', {}, plot);
+  column.marks = svg('g', {}, plot);
+  column.head = svg('circle', {class: 'head', r: 3.5}, plot);
+  Object.assign(column, {points: [], traced: 0, marked: 0});
+}
+
+function drawTrace(column, lane, view) {
+  const scale = [column.width, view.axis, view.threshold].join();
+  if (scale !== column.scale) {
+    column.scale = scale;
+    drawFrame(column, view, column.width);
   }
-  for (const mark of lane.marks) {
-    const px = x(mark.token), title = `${mark.type === 'injection' ? 'SAPT injected' : 'SAPT checked'} at token ${mark.token}: ${mark.p.toFixed(2)}`;
-    let node = null;
-    if (mark.type === 'check') node = svg('circle', {class: 'check' + (mark.fired ? ' fired' : ''), cx: px, cy: y(mark.p), r: 4}, plot);
-    if (mark.type === 'injection') {
-      svg('line', {class: 'inject-line', x1: px, x2: px, y1: y(mark.p) + 4, y2: y(0)}, plot);
-      node = svg('path', {class: 'inject', d: `M${px - 6} ${y(0) + 1} h12 l-6 -11 Z`}, plot);
-    }
-    if (node) svg('title', {}, node).textContent = title;
+  const {x, y, points} = column, threshold = view.threshold, before = column.traced;
+  for (; column.traced < lane.harm.length; column.traced++) {
+    const p = lane.harm[column.traced], px = x(column.traced);
+    if (p === null) continue;
+    points.push(px.toFixed(1) + ',' + y(p).toFixed(1));
+    if (threshold !== null && p >= threshold) svg('rect', {class: 'above', x: px - 2, y: y(p) - 2, width: 4, height: 4}, column.dots);
+    column.head.setAttribute('cx', px);
+    column.head.setAttribute('cy', y(p));
   }
+  if (column.traced !== before && points.length) {
+    const line = points.join(' '), end = ',' + y(0);
+    column.line.setAttribute('points', line);
+    column.area.setAttribute('points', points[0].split(',')[0] + end + ' ' + line + ' ' + points[points.length - 1].split(',')[0] + end);
+  }
+  column.head.style.display = lane.state === 'streaming' && points.length ? '' : 'none';
+  for (; column.marked < lane.marks.length; column.marked++) drawMark(column, lane.marks[column.marked]);
+}
+
+function drawMark(column, mark) {
+  const {x, y, marks} = column, px = x(mark.token), injection = mark.type === 'injection';
+  if (injection) svg('line', {class: 'inject-line', x1: px, x2: px, y1: y(mark.p) + 4, y2: y(0)}, marks);
+  const node = injection ? svg('path', {class: 'inject', d: `M${px - 6} ${y(0) + 1} h12 l-6 -11 Z`}, marks)
+    : svg('circle', {class: 'check' + (mark.fired ? ' fired' : ''), cx: px, cy: y(mark.p), r: 4}, marks);
+  svg('title', {}, node).textContent = `SAPT ${injection ? 'injected' : 'checked'} at token ${mark.token}: ${mark.p.toFixed(2)}`;
 }
 
 function drawBadge(badge, lane) {
@@ -157,16 +171,30 @@ function draw() {
   if (view.run !== run || view.lanes.length !== columns.length || shrunk) rebuild(view);
   view.lanes.forEach((lane, i) => {
     const column = columns[i];
-    column.card.dataset.state = lane.state;
+    if (column.card.dataset.state !== lane.state) column.card.dataset.state = lane.state;
     setText(column.state, STATES[lane.state]);
     setText(column.placeholder, lane.tokens.length ? '' : placeholderText(lane));
     drawBadge(column.badge, lane);
     addTokens(column, lane, view.threshold);
-    drawTrace(column, lane, view);
+    if (column.width) drawTrace(column, lane, view);
     setText(column.summary, lane.summary);
     setText(column.speed, lane.speed);
   });
 }
-new ResizeObserver(draw).observe(lanesBox);
-watch('value', draw);
+
+// At most one drawing per frame, however many updates arrived: a slow browser skips frames instead of falling behind.
+let waiting = false;
+function schedule() {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => { waiting = false; draw(); });
+}
+const widths = new ResizeObserver(entries => {
+  for (const entry of entries) {
+    const column = columns.find(column => column.plot === entry.target);
+    if (column) column.width = Math.max(160, Math.round(entry.contentRect.width));
+  }
+  schedule();
+});
+watch('value', schedule);
 draw();
