@@ -173,6 +173,11 @@ def _entries() -> tuple[tuple[_Entry, ...], tuple[str, ...]]:
                 words = [word.strip() for word in header[2].split(",")]
                 family, category, unseen = words[0], header[3], bool(header[1])
                 unseen_words += words if unseen else []
+            elif product := re.fullmatch(r"([-+])x (.+) :: (.+)", line):
+                verbs, objects = product[2].split(" | "), product[3].split(" | ")
+                for index, thing in enumerate(objects):
+                    phrase_text = f"{verbs[index % len(verbs)]} {thing}"
+                    entries.append(_Entry(product[1], phrase_text, False, category, family, unseen))
             elif phrase := re.fullmatch(r"([-+])(!?) (.+)", line):
                 entries.append(_Entry(phrase[1], phrase[3], bool(phrase[2]), category, family, unseen))
             elif line and not line.startswith("#"):
