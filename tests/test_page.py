@@ -40,7 +40,7 @@ def page(browser: Any, address: str, engine: StandInEngine) -> Iterator[Any]:
 
 
 def test_an_example_streams_in_every_column_with_marks_and_badge(page: Any, engine: StandInEngine) -> None:
-    engine.delay = 0.08
+    engine.delay = 0.1
     page.click("#separate input")
     page.evaluate(
         """() => { window.lengths = []; setInterval(() => window.lengths.push(
@@ -53,7 +53,8 @@ def test_an_example_streams_in_every_column_with_marks_and_badge(page: Any, engi
     lengths = [row for row in page.evaluate("window.lengths") if len(row) == 5]
     for lane in range(5):
         seen = list(dict.fromkeys(row[lane] for row in lengths))
-        assert seen == sorted(seen) and len(seen) >= 3, (lane, seen)  # the text grew while it was watched
+        # The text grew while it was watched; the two lanes that SASA refuses say only nine words.
+        assert seen == sorted(seen) and len(seen) >= (2 if lane in (1, 4) else 3), (lane, seen)
     assert states(page) == ["done", "refused", "done", "done", "refused"]
     undefended, sasa, _, sapt = (page.locator(".lane").nth(i) for i in range(4))
     assert undefended.locator(".token.over").count() > 5
