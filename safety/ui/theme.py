@@ -75,6 +75,8 @@ def launch_options() -> dict[str, Any]:
         "enable_monitoring": False,
         "pwa": False,
         "ssr_mode": False,
+        # Gradio would ask itself for the page and give up unless it answers in 3 s: a busy laptop or a proxy may not.
+        "_frontend": False,
         "max_file_size": MAX_UPLOAD,
         "allowed_paths": [str(FOLDER)],
         "favicon_path": str(FOLDER.parent / "favicon.png"),
