@@ -27,12 +27,20 @@ def miniature() -> Iterator[Engine]:
         pytest.skip(f"the miniature cannot be loaded here: {error}")
 
 
+def answer_in(page: Any, tokens: int) -> None:
+    """Limit the answers' length with the page's own control."""
+    page.click("#advanced button")
+    page.fill("#advanced input[type=number] >> nth=0", str(tokens))
+    page.keyboard.press("Tab")
+
+
 def test_every_column_of_a_random_model_streams(browser: Any) -> None:
     lvlm = tiny_llava()
     with served(build_page(Engine(lvlm, random_artifacts(lvlm)))) as address, opened(browser, address) as page:
         page.click("#separate input")
+        answer_in(page, 16)
         start(page, ".card-run >> nth=0")
-        wait_for_end(page)
+        wait_for_end(page, 90_000)
         assert len(states(page)) == 5 and set(states(page)) <= {"done", "limit", "refused"}
         assert all(texts(page))
         assert page.locator("svg.trace .line").count() == 5 and page.locator("svg.trace .check").count() >= 1
@@ -42,9 +50,7 @@ def test_every_column_of_a_random_model_streams(browser: Any) -> None:
 @pytest.mark.miniature
 def test_the_miniature_answers_on_the_page(browser: Any, miniature: Engine) -> None:
     with served(build_page(miniature)) as address, opened(browser, address) as page:
-        page.click("#advanced button")
-        page.fill("#advanced input[type=number] >> nth=0", "24")
-        page.keyboard.press("Tab")
+        answer_in(page, 24)
         start(page, ".card-run >> nth=0")
         page.wait_for_function("document.querySelectorAll('.lane .token').length > 2", timeout=60_000)
         early = texts(page)
