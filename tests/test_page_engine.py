@@ -1,6 +1,5 @@
 """The page on the real engine: a tiny random LVLM always, the miniature where it can be loaded."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +8,8 @@ from tiny import random_artifacts, tiny_llava
 
 from safety.artifacts import load_artifacts
 from safety.engine import Engine
-from safety.errors import UserError
 from safety.lvlm import load
+from safety.mini.base import BaseModelError, base_folder
 from safety.ui.browser import served
 from safety.ui.page import build_page
 
@@ -19,12 +18,13 @@ __all__ = ["browser"]  # a fixture
 
 
 @pytest.fixture(scope="module")
-def miniature() -> Iterator[Engine]:
+def miniature() -> Engine:
     try:
-        lvlm = load("miniature")
-        yield Engine(lvlm, load_artifacts(lvlm))
-    except UserError as error:
-        pytest.skip(f"the miniature cannot be loaded here: {error}")
+        base_folder()
+    except BaseModelError as error:
+        pytest.skip(f"the miniature's language model is neither cached nor reachable: {error}")
+    lvlm = load("miniature")
+    return Engine(lvlm, load_artifacts(lvlm))
 
 
 def answer_in(page: Any, tokens: int) -> None:
