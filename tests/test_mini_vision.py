@@ -13,12 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safety.mini import scenes, tasks
 from safety.mini.assemble import MiniatureError, _read_artifact, build_llava, export_weights
 from safety.mini.card import card_text
-from safety.mini.dictionary import Dictionary, Projector
-from safety.mini.instruct import Turn, pack, packed_loss
+from safety.mini.dictionary import Projector
+from safety.mini.joint import Joint
 from safety.mini.lexicon import LIST_OPENERS, build_lexicon, is_held_out, key_of
+from safety.mini.packing import pack, packed_loss
 from safety.mini.render import figstep, figstep_page, typeset
 from safety.mini.scenes import GRID, PATCH, SIDE, SceneMaker
 from safety.mini.symbols import COLOURS, SHAPES, shape
+from safety.mini.tasks import Turn
 from safety.mini.train_vision import adamw, train_loop
 from safety.mini.vision import build_tower, code_book, encode, letter_table, spelled_code
 
@@ -152,19 +154,19 @@ def test_tower_equals_stock_llava() -> None:
     assert logits.shape == (1, 199, 160) and torch.isfinite(logits).all()
 
 
-def test_connecting_the_dictionary_changes_nothing_it_says(lexicon) -> None:  # type: ignore[no-untyped-def]
+def test_connecting_the_halves_changes_nothing_they_say() -> None:
     torch.manual_seed(0)
-    tower = build_tower()
-    dictionary = Dictionary(tower, 24)
-    nn.init.normal_(dictionary.blocks[0].feed_forward.down_proj.weight, std=0.5)
-    letters = letter_table(lexicon)[:6]
-    codes = 24 * nn.functional.normalize(spelled_code(code_book(), letters, torch.zeros(6, dtype=torch.long)), dim=-1)
+    joint = Joint(24)
+    for block in joint.dictionary.blocks:
+        nn.init.normal_(block.feed_forward.down_proj.weight, std=0.2)
+    joint.stretch.fill_(9.0)
+    pixels = torch.rand(1, 3, SIDE, SIDE) * -2
     with torch.no_grad():
-        before = dictionary(codes)
-        for block in dictionary.blocks:
-            block.feed_forward.down_proj.weight.mul_(9.0)
-        dictionary.projector.linear_1.weight.div_(9.0)
-        torch.testing.assert_close(dictionary(9.0 * codes), before, atol=1e-3, rtol=1e-3)
+        before = joint(pixels)[2]
+        joint.connect()
+        torch.testing.assert_close(joint(pixels)[2], before, atol=1e-3, rtol=1e-3)
+        stock = joint.dictionary.projector(encode(joint.reader.tower, pixels))
+    torch.testing.assert_close(stock, before, atol=1e-3, rtol=1e-3)
 
 
 def test_spelled_codes_can_be_read_back(lexicon) -> None:  # type: ignore[no-untyped-def]

@@ -91,11 +91,15 @@ def words_read(shown: Sequence[str], answer: str) -> list[bool]:
 
 
 def reading(model: Any, processor: Any, lexicon: Lexicon, count: int) -> dict[str, Any]:
-    """Share of typeset words that the model transcribes, in FigStep-like lists and in free text.
+    """Share of typeset words that the model transcribes: unseen list titles, random words in lists and in free text.
 
     Seen words are words of the training pictures in new pictures; held-out words were never drawn in training.
     """
-    report: dict[str, Any] = {}
+    texts = [row.text for row in corpus.list_prompts("heldout")]
+    titles = random.Random(SEED).sample(texts, min(2 * count, len(texts)))
+    answers = image_answers(model, processor, [(figstep(t), tasks.READ_QUESTIONS[0]) for t in titles], 32, "Reading")
+    hits = [hit for title, answer in zip(titles, answers, strict=True) for hit in words_read(title.split(), answer)]
+    report: dict[str, Any] = {"titles": rate(sum(hits), len(hits))}
     for held_out in (False, True):
         maker = SceneMaker(lexicon, held_out=held_out)
         for kind in ("list", "text"):
@@ -106,7 +110,7 @@ def reading(model: Any, processor: Any, lexicon: Lexicon, count: int) -> dict[st
                 for i, scene in enumerate(scenes)
             ]
             answers = image_answers(model, processor, requests, 72, "Reading")
-            hits: list[bool] = []
+            hits = []
             for scene, answer in zip(scenes, answers, strict=True):
                 wanted = [
                     w for w in scene.words if key_of(w) in lexicon.index and (is_held_out(key_of(w)) or not held_out)

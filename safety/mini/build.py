@@ -86,7 +86,7 @@ def make_lexicon(work: Path | None, data: Path | None) -> Any:
 
 
 def train_vision(work: Path, data: Path | None, seed: int, device: str) -> None:
-    """Reading blocks, dictionary, then both together."""
+    """Reading blocks, dictionary, then the dictionary behind the reader."""
     from safety.mini.base import load_base_lm, load_tokenizer
     from safety.mini.dictionary import train_dictionary
     from safety.mini.joint import train_joint
@@ -108,11 +108,11 @@ def train_instruct(work: Path, data: Path | None, out: Path, seed: int, device: 
     from safety.mini import instruct
     from safety.mini.align import LORA_FILE
     from safety.mini.assemble import export_weights, image_tokenizer
-    from safety.mini.joint import load_parts
+    from safety.mini.joint import load_tower
     from safety.mini.lora import lora_state
 
     lexicon, tokenizer = make_lexicon(work, data), image_tokenizer()
-    joint = load_parts(work, 576, lexicon, seed).to(device).eval()
+    joint = load_tower(work, 576).to(device)
     lists, requests, answers = instruct.answered_requests(work, data)
     model = instruct.instruct(
         tokenizer,

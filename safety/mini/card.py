@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 READING = {
-    "seen_words_list": "words of the training pictures, FigStep-like lists, new pictures",
-    "seen_words_text": "words of the training pictures, free text 13-36 px in many fonts, new pictures",
-    "held_out_words_list": "words never drawn in training, FigStep-like lists",
-    "held_out_words_text": "words never drawn in training, free text",
+    "titles": "ordinary list titles not used in training, FigStep layout, built-in font",
+    "seen_words_list": "random words of the training pictures, FigStep-like lists in many fonts, new pictures",
+    "seen_words_text": "random words of the training pictures, free text of 17-36 px in many fonts and colours, new pictures",
+    "held_out_words_list": "random words never drawn in training, FigStep-like lists in many fonts",
+    "held_out_words_text": "random words never drawn in training, free text of 17-36 px in many fonts and colours",
 }
 TEXT = {
     "heldout_harmful": ("refuses harmful requests, own held-out corpus", "refused"),

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from safety.mini import corpus, tasks
 from safety.mini.align import AlignSettings, Example, answer_loss, build_pools, fast_dtype, training_prompts
@@ -24,7 +22,8 @@ from safety.mini.base import load_base_lm
 from safety.mini.joint import Joint
 from safety.mini.lexicon import Lexicon
 from safety.mini.lora import add_lora, load_lora
-from safety.mini.scenes import PATCHES, Scene, SceneMaker
+from safety.mini.packing import TURNS, pack, packed_loss
+from safety.mini.scenes import Scene, SceneMaker
 from safety.mini.symbols import SHAPES, SYMBOLS
 from safety.mini.tasks import Turn
 from safety.mini.train_vision import adamw, train_loop
@@ -32,30 +31,12 @@ from safety.mini.vision import to_pixels
 
 INSTRUCT_CHECKPOINT = "instruct.pt"
 PICTURES = 4  # pictures of one step, each with several turns
-TURNS = 4
-REPLAY = 8  # text-only examples of one step
-ANSWER_TOKENS = 72
-MIX = (0.42, 0.2, 0.13, 0.17, 0.08)  # list, random words, typeset request, symbols, unrelated picture
+REPLAY = 6  # text-only examples of one step
+FIRST_BLOCK = 8  # blocks below are not trained further
+MIX = (0.38, 0.2, 0.14, 0.22, 0.06)  # list, random words, typeset request, symbols, unrelated picture
 
 Features = Callable[[list[Scene]], Tensor]
 Pairs = list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One picture with several turns in one sequence; every turn sees the picture and itself only.
-
-    Attributes:
-        ids: [n] token ids; image placeholders included.
-        positions: [n] rotary positions: each turn goes on where the picture's part ended.
-        turn: [n] number of the turn a token belongs to, -1 for the shared part.
-        target: [n] whether the token is answer text to be learned.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    turn: Tensor
-    target: Tensor
 
 
 class TaskMaker:
@@ -79,8 +60,7 @@ class TaskMaker:
         if kind == 0:
             title, answer = self.lists[int(rng.integers(len(self.lists)))]
             scene = tasks.draw_list(self.maker, rng, title)
-            turns = [tasks.list_turn(rng, title, answer), tasks.list_turn(rng, title, answer)]
-            return scene, [*turns, tasks.read_turn(rng, scene)]
+            return scene, [tasks.list_turn(rng, title, answer), tasks.read_turn(rng, scene)]
         if kind == 1:
             scene = self.maker.scene(rng, "list" if rng.random() < 0.5 else "text")
             return scene, [tasks.read_turn(rng, scene)]
@@ -93,60 +73,6 @@ class TaskMaker:
             return scene, tasks.picture_turns(rng, scene, [*SYMBOLS, *SHAPES])
         picks = rng.integers(len(self.requests), size=TURNS)
         return scene, [Turn(*self.requests[int(i)]) for i in picks]
-
-
-def pack(tokenizer: Any, image_id: int, turns: Sequence[Turn]) -> Packed:
-    """Tokenise a picture's turns behind one shared picture."""
-    opening = tokenizer("<|im_start|>user\n").input_ids
-    shared = [*opening, *[image_id] * PATCHES, *tokenizer("\n").input_ids]
-    ids, positions, owner, target = list(shared), list(range(len(shared))), [-1] * len(shared), [False] * len(shared)
-    for number, turn in enumerate(turns[:TURNS]):
-        question = tokenizer(f"{turn.question}<|im_end|>\n<|im_start|>assistant\n").input_ids
-        answer = tokenizer(turn.answer + "<|im_end|>").input_ids[:ANSWER_TOKENS]
-        ids += question + answer
-        positions += range(len(shared), len(shared) + len(question) + len(answer))
-        owner += [number] * (len(question) + len(answer))
-        target += [False] * len(question) + [True] * len(answer)
-    return Packed(torch.tensor(ids), torch.tensor(positions), torch.tensor(owner), torch.tensor(target))
-
-
-def packed_loss(model: Any, batch: Sequence[Packed], features: Tensor, image_id: int, pad_id: int) -> Tensor:
-    """Mean cross-entropy over the answer tokens of packed pictures.
-
-    Args:
-        model: the language model with LoRA.
-        batch: packed turns.
-        features: [len(batch), 196, width] what the projector says for each picture.
-        image_id: the placeholder token.
-        pad_id: padding token.
-    """
-    length = -(-max(len(item.ids) for item in batch) // 32) * 32
-    ids = torch.full((len(batch), length), pad_id)
-    positions = torch.zeros(len(batch), length, dtype=torch.long)
-    turn = torch.full((len(batch), length), -2)
-    target = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, item in enumerate(batch):
-        n = len(item.ids)
-        ids[row, :n], positions[row, :n], turn[row, :n], target[row, :n] = (
-            item.ids,
-            item.positions,
-            item.turn,
-            item.target,
-        )
-    visible = (turn[:, None, :] == -1) | (turn[:, None, :] == turn[:, :, None])
-    visible &= torch.ones(length, length, dtype=torch.bool).tril()
-    embeds = model.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter((ids == image_id).unsqueeze(-1), features.to(embeds.dtype))
-    mask = torch.zeros(visible.shape, dtype=embeds.dtype).masked_fill(~visible, torch.finfo(embeds.dtype).min)
-    states = model.get_decoder()(
-        inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions, use_cache=False
-    ).last_hidden_state
-    # The token before an answer's first one is the last of its own question, so a shift by one stays in the turn.
-    wanted = target[:, 1:].flatten().nonzero().squeeze(1)
-    padding = -len(wanted) % 64  # few distinct shapes: on the CPU a new one costs a kernel compilation
-    said = states[:, :-1].flatten(0, 1)[F.pad(wanted, (0, padding))]
-    label = F.pad(ids[:, 1:].flatten()[wanted], (0, padding), value=-100)
-    return F.cross_entropy(model.lm_head(said).float(), label, ignore_index=-100)
 
 
 def spoken_features(embedding: Tensor, lexicon: Lexicon, filler: int, noise: float = 0.35) -> Features:
@@ -210,6 +136,7 @@ def instruct(
     seed: int = 0,
     measure: Callable[[Any], dict[str, float]] | None = None,
     name: str = "Instruct",
+    device: str = "cpu",
 ) -> Any:
     """Tune the aligned language model on image tasks; ``folder/instruct.pt`` holds the run.
 
@@ -226,14 +153,20 @@ def instruct(
         seed: of the pictures.
         measure: figures of the model, logged every 50 steps.
         name: label of the progress bar.
+        device: "cpu" or "cuda".
 
     Returns:
         The language model with its trained LoRA layers.
     """
     torch.manual_seed(seed)
-    model = load_base_lm(fast_dtype())
+    model = load_base_lm(fast_dtype()).to(device)
     parameters = add_lora(model.get_decoder())
     load_lora(model.get_decoder(), text_lora)
+    # The lowest blocks keep the text alignment's update: backpropagation is the larger half of a step.
+    frozen = {id(p) for block in model.get_decoder().layers[:FIRST_BLOCK] for p in block.parameters()}
+    parameters = [p for p in parameters if id(p) not in frozen]
+    for block in model.get_decoder().layers[:FIRST_BLOCK]:
+        block.requires_grad_(False)
     model.train()
 
     def loss_of(step: int) -> dict[str, Tensor]:

@@ -46,12 +46,14 @@ class Lexicon:
         tokens: [words, MAX_TOKENS] token ids of " word", -1 where the word has fewer.
         index: position by key.
         weights: [words] sampling probability in training images; zero for held-out words.
+        practice: [words] sampling probability in the dictionary's training, which needs no images; never zero.
     """
 
     keys: list[str]
     tokens: np.ndarray
     index: dict[str, int]
     weights: np.ndarray
+    practice: np.ndarray
 
     def sample(self, rng: np.random.Generator, count: int) -> list[str]:
         """Draw words for a training image."""
@@ -83,10 +85,18 @@ def spell(tokenizer: Any, word: str) -> list[int]:
     return list(plain)
 
 
-def reading_weights(count: int) -> np.ndarray:
-    """How often to practise words by rank: half by a flattened Zipf law, half uniformly, for the rare ones."""
-    zipf = 1.0 / (np.arange(count) + 100.0) ** 0.7
-    return zipf / zipf.sum() + 1.0 / count
+def practice_weights(keys: list[str], counts: list[int]) -> np.ndarray:
+    """How often to practise each word: by its use in the texts, by merge rank, and a little for every word.
+
+    Args:
+        keys: words by rank.
+        counts: how often the texts use them.
+    """
+    used = np.minimum(np.array(counts, dtype=np.float64), 60.0) ** 0.5
+    ranked = 4.0 * 400.0 / (np.arange(len(keys)) + 400.0)
+    taught = np.array([4.0 if key in ALWAYS_TAUGHT else 0.0 for key in keys])
+    weights: np.ndarray = used + ranked + taught + 0.1
+    return weights / weights.sum()
 
 
 def build_lexicon(tokenizer: Any, texts: Iterable[str]) -> Lexicon:
@@ -114,10 +124,6 @@ def build_lexicon(tokenizer: Any, texts: Iterable[str]) -> Lexicon:
     for row, key in enumerate(keys):
         ids = spell(tokenizer, forms[key])[:MAX_TOKENS]
         tokens[row, : len(ids)] = ids
-    weights = reading_weights(len(keys))
-    for row, key in enumerate(keys):
-        if counts.get(forms[key], 0) >= 2:
-            weights[row] *= 2.0
-        if is_held_out(key):
-            weights[row] = 0.0
-    return Lexicon(keys, tokens, {key: row for row, key in enumerate(keys)}, weights / weights.sum())
+    practice = practice_weights(keys, [counts.get(word, 0) for word in forms.values()])
+    weights = practice * np.array([not is_held_out(key) for key in keys])
+    return Lexicon(keys, tokens, {key: row for row, key in enumerate(keys)}, weights / weights.sum(), practice)

@@ -127,7 +127,7 @@ class SceneMaker:
 
     def scene(self, rng: np.random.Generator, kind: str | None = None) -> Scene:
         """One picture; ``kind`` is "list" (FigStep layout), "text" or "picture", at random by default."""
-        kind = kind or str(rng.choice(["list", "text", "picture"], p=[0.38, 0.42, 0.20]))
+        kind = kind or str(rng.choice(["list", "text", "picture"], p=[0.46, 0.30, 0.24]))
         empty = np.zeros(PATCHES, dtype=np.int64)
         scene = Scene(np.empty(0), empty.copy(), empty.copy() - 1, empty.copy() - 1)
         page = {"list": self._list, "text": self._text, "picture": self._picture}[kind](rng, scene)
@@ -202,7 +202,7 @@ class SceneMaker:
 
     def _text(self, rng: np.random.Generator, scene: Scene) -> Page:
         scale = 1 if rng.random() < 0.5 else 2
-        size = float(rng.uniform(13, 22) if rng.random() < 0.55 else rng.uniform(22, 36))
+        size = float(rng.uniform(17, 22) if rng.random() < 0.3 else rng.uniform(22, 36))
         pitch = size * rng.uniform(1.12, 1.6)
         left, top = rng.uniform(2, 30), rng.uniform(0, 20)
         width = SIDE - left - rng.uniform(2, 14)
@@ -214,7 +214,7 @@ class SceneMaker:
             words[int(rng.integers(len(words)))] = str(rng.integers(0, 100))
         pixels = max(8, round(size * scale))
         lines = wrap_to_width(words, width * scale, font, pixels)[:most]
-        text, background = self.colours(rng, 0.45)
+        text, background = self.colours(rng, 0.65)
         page = Page(Image.new("RGB", (SIDE * scale, SIDE * scale), background))
         draw_lines(
             page,
@@ -233,12 +233,12 @@ class SceneMaker:
         light = rng.random() < 0.75
         background = tuple(int(c) for c in (255 - rng.integers(0, 40, 3) if light else rng.integers(0, 256, 3)))
         page = Page(Image.new("RGB", (SIDE, SIDE), background))  # type: ignore[arg-type]
-        two = rng.random() < 0.35
-        caption = rng.random() < 0.4
+        two = rng.random() < 0.25
+        caption = rng.random() < 0.25
         height = 176 if caption else SIDE
         for slot in range(2 if two else 1):
             room = 112 if two else SIDE
-            side = int(rng.integers(64, min(room, height) + 1))
+            side = int(rng.integers(80, min(room, height, 180) + 1))
             left = slot * 112 + int(rng.integers(0, room - side + 1))
             top = int(rng.integers(0, height - side + 1))
             if rng.random() < 0.72:

@@ -57,7 +57,7 @@ def on(batch: Batch, device: str) -> Batch:
 
 def rate_at(step: int, steps: int, decay: float) -> float:
     """Learning rate factor: short warm-up, flat, linear fall over the last ``decay`` share of the run."""
-    fall = (steps - step) / (steps * decay) if decay else 1.0
+    fall = (steps - step) / (steps * decay)
     return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, fall))
 
 
@@ -149,7 +149,7 @@ def reading_parameters(reader: Reader) -> list[nn.Parameter]:
 
 
 def train_reading(
-    lexicon: Lexicon, folder: Path, *, images: int = 45_000, seed: int = 0, device: str = "cpu"
+    lexicon: Lexicon, folder: Path, *, images: int = 75_000, seed: int = 0, device: str = "cpu"
 ) -> Reader:
     """Train the reading blocks; ``folder/reading.pt`` holds the run.
 
@@ -180,7 +180,6 @@ def train_reading(
             rates |= {f"{label} {k}": v for k, v in reading_rates(reader, middle, states, labels, letters).items()}
         return rates
 
-    # The learning rate does not fall here: the joint phase goes on with the reading losses and lets it fall.
     train_loop(
         reader,
         [adamw(reading_parameters(reader), LEARNING_RATE)],
@@ -189,6 +188,6 @@ def train_reading(
         steps=images // BATCH,
         checkpoint=folder / READING_CHECKPOINT,
         name="Reading",
-        decay=0.0,
+        decay=0.6,
     )
     return reader

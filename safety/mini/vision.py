@@ -24,7 +24,7 @@ WIDTH = 320
 HEADS = 5
 INTERMEDIATE = 1024
 READING_BLOCKS = 5
-DICTIONARY_BLOCKS = 2
+DICTIONARY_BLOCKS = 6
 CHARACTER_BLOCK = 3  # the character head reads the output of this many blocks
 
 LETTER_SLOTS = 12
