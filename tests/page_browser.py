@@ -30,6 +30,7 @@ class opened:
         self.page, self.address, self.problems = browser.new_page(**({"viewport": LAPTOP} | view)), address, []
 
     def __enter__(self) -> Any:
+        self.page.set_default_timeout(90_000)  # a busy machine may take half a minute to open the page
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("console", lambda line: self.problems.append(line.text) if line.type == "error" else None)
         self.page.on(
@@ -60,7 +61,7 @@ def ask(page: Any, words: str) -> None:
     start(page)
 
 
-def wait_for_end(page: Any, timeout: float = 20_000) -> None:
+def wait_for_end(page: Any, timeout: float = 60_000) -> None:
     """Wait until every lane has ended; timeout in milliseconds."""
     page.wait_for_function(ENDED, timeout=timeout)
 

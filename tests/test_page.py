@@ -216,9 +216,7 @@ def test_bad_files_get_a_sentence_and_the_next_run_works(page: Any, engine: Stan
         ("bomb.png", "million pixels"),
     ):
         page.set_input_files("#image input[type=file]", tmp_path / name)
-        page.wait_for_function(
-            "words => document.querySelector('.notice').textContent.includes(words)", arg=name, timeout=20_000
-        )
+        page.wait_for_function("words => document.querySelector('.notice').textContent.includes(words)", arg=name)
         assert words in page.locator(".notice").inner_text()
         page.wait_for_selector("#image img", state="detached")
     assert page.input_value("#prompt textarea") == "What is this?"

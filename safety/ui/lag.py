@@ -72,6 +72,7 @@ def measure_lag(rate: float = 15.0, seconds: float = 8.0) -> Lag:
     engine = _Metronome(rate, round(rate * seconds))
     with served(build_page(engine)) as address, chromium() as browser:  # type: ignore[arg-type]
         page = browser.new_page()
+        page.set_default_timeout(120_000)
         page.goto(address)
         page.wait_for_selector(".lane")
         page.evaluate(_WATCH)

@@ -30,6 +30,7 @@ def take(engine: Engine, folder: Path, timeout: float = 300.0) -> list[Path]:
     with served(build_page(engine)) as address, chromium() as browser:
         for name, view in VIEWS.items():
             page = browser.new_page(**view)
+            page.set_default_timeout(120_000)
             page.goto(address)
             page.click(".card-run >> nth=0")
             page.wait_for_function(FINISHED, timeout=timeout * 1000)
