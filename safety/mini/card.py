@@ -9,9 +9,9 @@ from typing import Any
 READING = {
     "titles": "ordinary list titles not used in training, FigStep layout, built-in font",
     "seen_words_list": "random words of the training pictures, FigStep-like lists in many fonts, new pictures",
-    "seen_words_text": "random words of the training pictures, free text of 17-36 px in many fonts and colours, new pictures",
+    "seen_words_text": "random words of the training pictures, free text, 17-36 px, many fonts, new pictures",
     "held_out_words_list": "random words never drawn in training, FigStep-like lists in many fonts",
-    "held_out_words_text": "random words never drawn in training, free text of 17-36 px in many fonts and colours",
+    "held_out_words_text": "random words never drawn in training, free text, 17-36 px, many fonts",
 }
 TEXT = {
     "heldout_harmful": ("refuses harmful requests, own held-out corpus", "refused"),
