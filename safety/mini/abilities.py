@@ -21,7 +21,7 @@ from tqdm import tqdm
 from safety.mini import corpus, tasks
 from safety.mini.lexicon import Lexicon, is_held_out, key_of
 from safety.mini.render import figstep
-from safety.mini.scenes import SceneMaker
+from safety.mini.scenes import Scene, SceneMaker
 from safety.mini.symbols import COLOURS, SHAPES, SYMBOLS, have_emoji_font
 from safety.mini.text_abilities import looks_degenerate, rate, text_abilities
 from safety.refusal import refusal_start
@@ -124,7 +124,7 @@ def reading(model: Any, processor: Any, lexicon: Lexicon, count: int) -> dict[st
 def naming(model: Any, processor: Any, lexicon: Lexicon, count: int) -> dict[str, Any]:
     """Share of single symbols and coloured shapes named right, in new pictures."""
     maker, rng = SceneMaker(lexicon), np.random.default_rng((SEED, 5))
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < count:
         scene = maker.scene(rng, "picture")
         if len(scene.names) == 1:
@@ -134,7 +134,8 @@ def naming(model: Any, processor: Any, lexicon: Lexicon, count: int) -> dict[str
         for i, scene in enumerate(scenes)
     ]
     answers = image_answers(model, processor, requests, 24, "Naming")
-    symbols, shapes = [], []
+    symbols: list[bool] = []
+    shapes: list[bool] = []
     for scene, answer in zip(scenes, answers, strict=True):
         said = set(re.findall("[a-z]+", answer.lower()))
         (shapes if len(scene.names[0]) > 1 else symbols).append(all(name in said for name in scene.names[0]))

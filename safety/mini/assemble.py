@@ -107,9 +107,10 @@ def build_llava(language_model: Any, image_token_id: int) -> LlavaForConditional
     """A stock LLaVA around a loaded ``LlamaForCausalLM``; tower and projector are freshly initialised."""
     config = llava_config(language_model.config, image_token_id)
     # Built without the decoder's 135 million random numbers: its parameters are replaced at once.
-    blocks, config.text_config.num_hidden_layers = config.text_config.num_hidden_layers, 1
+    text: Any = config.text_config
+    blocks, text.num_hidden_layers = text.num_hidden_layers, 1
     model = LlavaForConditionalGeneration(config)
-    config.text_config.num_hidden_layers = blocks
+    text.num_hidden_layers = blocks
     model.model.language_model = language_model.model
     model.lm_head = language_model.lm_head
     model.generation_config = GenerationConfig(
@@ -217,4 +218,4 @@ def load_miniature(
         except ValueError as error:
             raise MiniatureError(f"The miniature's {LORA_FILE} does not fit the language model: {error}") from error
     model.requires_grad_(False)
-    return model.to(device=device, dtype=dtype or torch.float32), processor
+    return model.to(device=torch.device(device), dtype=dtype or torch.float32), processor  # type: ignore[call-arg]

@@ -102,10 +102,11 @@ class Dictionary(nn.Module):
 
     def __init__(self, tower: PixtralVisionModel, text_width: int) -> None:
         super().__init__()
-        self.blocks = tower.transformer.layers[READING_BLOCKS:]
+        self.blocks: Any = tower.transformer.layers[READING_BLOCKS:]  # a ModuleList of Pixtral blocks
         self.projector = Projector(text_width)
         for block in self.blocks:
-            for weight in block.attention.parameters():
+            attention: nn.Module = block.attention
+            for weight in attention.parameters():
                 nn.init.zeros_(weight).requires_grad_(False)
             block.attention_norm.requires_grad_(False)
 
