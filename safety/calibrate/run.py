@@ -34,9 +34,11 @@ from safety.settings import Lane, Revision, Sapt, Sasa
 from safety.statistics import conformal_threshold
 
 PARTS = ("sasa", "revision", "sapt", "trace")
-ANSWER_TOKENS = 56
+ANSWER_TOKENS = 48
 PER_SCENARIO = 10  # samples of each scenario for SASA's probe, as in the paper
 FALSE_ALARMS = 0.05
+HELD_OUT = 24  # samples of each kind for the closing trial
+BATCH = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="samples (JSONL, see the README); the miniature brings its own")
     parser.add_argument("--out", type=Path, help="where the artifacts go (default artifacts/<model>/defenses)")
     parser.add_argument("--work", type=Path, help="intermediate results, taken up again (default build/calibrate/…)")
-    parser.add_argument("--per-kind", type=int, default=120, help="the miniature's samples of each kind (default 120)")
+    parser.add_argument("--per-kind", type=int, default=44, help="the miniature's samples of each kind (default 44)")
     for part in PARTS:
         parser.add_argument(f"--{part}", action="store_true", help=f"fit {part} (default: everything)")
 
@@ -53,14 +55,15 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     """Calibrate, save, and try the result on held-out samples."""
     name = lvlm.name.rstrip("/").rpartition("/")[2]
     out = arguments.out or SHIPPED / name / "defenses"
-    work = arguments.work or Path("build") / "calibrate" / name
+    # Samples depend on their number, so another number does not take up these results.
+    work = arguments.work or Path("build") / "calibrate" / f"{name}-{arguments.per_kind}"
     work.mkdir(parents=True, exist_ok=True)
     parts = [part for part in PARTS if getattr(arguments, part)] or list(PARTS)
     if arguments.data:
         samples, held_out = read_samples(arguments.data), []
     elif lvlm.name == MINIATURE:
         samples = miniature_samples(work / "images", "train", arguments.per_kind)
-        held_out = miniature_samples(work / "images", "heldout", 40)
+        held_out = miniature_samples(work / "images", "heldout", HELD_OUT)
     else:
         raise UserError("Give --data: only the miniature brings samples of its own.")
     write_samples(samples, work / "samples.jsonl")
@@ -75,13 +78,15 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
         about[part] = getattr(calibration, part)(artifacts)
         print(f"{part}: {json.dumps(about[part])}  ({time.perf_counter() - began:.0f} s)", flush=True)
     about |= {"samples": {kind: sum(sample.kind == kind for sample in samples) for kind in {s.kind for s in samples}},
-              "command": "python -m safety calibrate", "date": datetime.now(UTC).date().isoformat(),
+              "command": f"python -m safety calibrate --per-kind {arguments.per_kind}",
+              "date": datetime.now(UTC).date().isoformat(),
               "number_format": lvlm.label,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "scikit-learn": sklearn.__version__}}
+    save_artifacts(artifacts, lvlm, out)  # before the trial, so that nothing is lost if it is stopped
     if held_out and len(parts) == len(PARTS):
         about["held_out"] = _try_lanes(Engine(lvlm, artifacts), held_out)
-    save_artifacts(artifacts, lvlm, out)
+        save_artifacts(artifacts, lvlm, out)
     print(f"Saved to {out}.")
     return 0
 
@@ -108,9 +113,9 @@ class _Calibration:
         missing = [s for s in self.samples if s.response is None and s.id not in known]
         engine = Engine(self.lvlm, Artifacts())
         with path.open("a") as file, tqdm(total=len(missing), desc="undefended answers", disable=not missing) as bar:
-            for start in range(0, len(missing), 16):
-                part = missing[start:start + 16]
-                rows = trial.answer_all(engine, part, [Lane("none")], ANSWER_TOKENS, 16, bar.update)
+            for start in range(0, len(missing), BATCH):
+                part = missing[start:start + BATCH]
+                rows = trial.answer_all(engine, part, [Lane("none")], ANSWER_TOKENS, BATCH, bar.update)
                 for sample, (answer,) in zip(part, rows, strict=True):
                     known[sample.id] = answer.text
                     file.write(json.dumps({"id": sample.id, "answer": answer.text}) + "\n")
@@ -143,8 +148,8 @@ class _Calibration:
                 "head_accuracy_at_layer": [round(a, 3) for a in best.tolist()], "candidates": scores}
 
     def _choose_revision(self, artifacts: Artifacts) -> tuple[Revision, list[dict[str, Any]]]:
-        harmful = [s for i, s in enumerate(self.samples) if self.validation[i] and self.complied[i]][:24]
-        benign = [s for i, s in enumerate(self.samples) if self.validation[i] and not s.unsafe and s.image][:24]
+        harmful = [s for i, s in enumerate(self.samples) if self.validation[i] and self.complied[i]][:12]
+        benign = [s for i, s in enumerate(self.samples) if self.validation[i] and not s.unsafe and s.image][:12]
         depths = sorted({round(share * self.lvlm.blocks) for share in (0.35, 0.5, 0.65, 0.8)})
         candidates = [Revision(layer, alpha, "head") for layer in depths for alpha in (2.0, 6.0)]
         candidates += [Revision(layer, alpha, "layer") for layer in depths for alpha in (0.5, 1.0)]
@@ -155,7 +160,7 @@ class _Calibration:
             for start in range(0, len(candidates), 6):
                 part = candidates[start:start + 6]
                 lanes = [Lane(str(number), revision=candidate) for number, candidate in enumerate(part)]
-                answers = trial.answer_all(engine, [*harmful, *benign], lanes, 24)
+                answers = trial.answer_all(engine, [*harmful, *benign], lanes, 24, BATCH)
                 for number, candidate in enumerate(part):
                     refused = np.mean([row[number].refused for row in answers[:len(harmful)]])
                     helped = np.mean([not row[number].refused and not trial.is_garbage(row[number].text)
@@ -191,20 +196,21 @@ class _Calibration:
         logits = self._projected_logits(chosen, pairs)
         fit = np.array([not self.validation[index] for index in chosen])
         y = unsafe[chosen]
-        probes, auroc = {}, {}
+        probes, auroc, alarms = {}, {}, {}
         for key, x in logits.items():
             probes[key] = fit_probe(x[fit], y[fit], c=0.01)
             scores = probes[key].probability(torch.tensor(x[~fit])).numpy()
             auroc[key] = float(roc_auc_score(y[~fit], scores))
-            if key == f"{s}-{f}":
-                alarm = conformal_threshold(scores[~y[~fit]].tolist(), FALSE_ALARMS)
+            alarms[key] = _threshold(scores[~y[~fit]].tolist(), Sasa.threshold)
         artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in pairs}, probes["clean"])
-        artifacts.settings.sasa = Sasa(s, f)
-        return {"safety_layer": s, "fused_layer": f, "safety_curve": [round(v, 2) for v in curve.tolist()],
+        # The paper's rule names one pair; of that and the evenly spaced ones we ship the best on validation samples.
+        best = max(pairs, key=lambda pair: auroc[f"{pair[0]}-{pair[1]}"])
+        artifacts.settings.sasa = Sasa(*best, threshold=alarms[f"{best[0]}-{best[1]}"])
+        return {"pair_by_the_papers_rule": [s, f], "shipped_pair": list(best),
+                "safety_curve": [round(v, 2) for v in curve.tolist()],
                 "separability": [round(v, 3) for v in separable.tolist()],
                 "validation_auroc": {k: round(v, 4) for k, v in auroc.items()},
-                "fitted_on": int(fit.sum()), "validated_on": int((~fit).sum()),
-                "threshold_at_5_percent_false_alarms": None if np.isinf(alarm) else round(alarm, 4)}
+                "fitted_on": int(fit.sum()), "validated_on": int((~fit).sum()), "thresholds": alarms}
 
     def _per_scenario(self) -> list[int]:
         """At most PER_SCENARIO samples of each scenario, kind and half (fit, validation third of it)."""
@@ -271,13 +277,12 @@ class _Calibration:
             state_ = soft_prompt.soft_state(self.lvlm, soft, lesson.prompt, lesson.image, half)
             scores["harmful" if lesson.refusal else "benign"].append(
                 artifacts.sapt.detectors["joint"].probability(state_).item())
-        artifacts.settings.sapt = Sapt()
-        alarm = conformal_threshold(scores["benign"], FALSE_ALARMS)
+        artifacts.settings.sapt = Sapt(threshold=_threshold(scores["benign"], Sapt.threshold))
         return {"recipe": asdict(soft_prompt.Recipe()), "lessons": len(lessons), "loss_curve": curve[::20],
                 "detector_auroc": _auroc(scores["harmful"], scores["benign"]), "validated_on": len(checks),
                 "recall_at_0.9": round(float(np.mean(np.array(scores["harmful"]) >= 0.9)), 4),
                 "false_alarms_at_0.9": round(float(np.mean(np.array(scores["benign"]) >= 0.9)), 4),
-                "threshold_at_5_percent_false_alarms": None if np.isinf(alarm) else round(alarm, 4)}
+                "threshold": artifacts.settings.sapt.threshold}
 
     def _trainable(self) -> LVLM:
         """The same weights in a number format that gradients can pass through."""
@@ -324,6 +329,13 @@ def _every_fourth(samples: Sequence[Sample]) -> list[bool]:
     return marks
 
 
+def _threshold(benign_scores: Sequence[float], otherwise: float) -> float:
+    """Threshold that benign samples reach with a probability of at most FALSE_ALARMS, rounded up; `otherwise` (the
+    paper's) when there are too few samples to promise that."""
+    threshold = conformal_threshold(benign_scores, FALSE_ALARMS)
+    return otherwise if np.isinf(threshold) else min(1.0, float(np.ceil(threshold * 1000) / 1000))
+
+
 def _auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
     return round(float(roc_auc_score([1] * len(positive) + [0] * len(negative), [*positive, *negative])), 4)
 
@@ -332,7 +344,7 @@ def _try_lanes(engine: Engine, samples: Sequence[Sample]) -> dict[str, Any]:
     """Refusals of each shipped lane on samples that calibration has not seen."""
     lanes = engine.artifacts.standard_lanes("none,sasa,revision,sapt,all")
     with tqdm(total=len(samples), desc="held-out trial") as bar:
-        answers = trial.answer_all(engine, samples, lanes, ANSWER_TOKENS, 6, bar.update)
+        answers = trial.answer_all(engine, samples, lanes, ANSWER_TOKENS, BATCH, bar.update)
     table = {lane.name: trial.tally(samples, answers, number) for number, lane in enumerate(lanes)}
     for lane, kinds in table.items():
         print(f"{lane:9}", *(f"{kind}: refused {row['refused']['hits']}/{row['refused']['n']}"
