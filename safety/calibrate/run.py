@@ -149,7 +149,7 @@ class _Calibration:
 
     def _choose_revision(self, artifacts: Artifacts) -> tuple[Revision, list[dict[str, Any]]]:
         harmful = [s for i, s in enumerate(self.samples) if self.validation[i] and self.complied[i]][:12]
-        benign = [s for i, s in enumerate(self.samples) if self.validation[i] and not s.unsafe and s.image][:12]
+        benign = [s for i, s in enumerate(self.samples) if self.validation[i] and not s.unsafe][::2][:12]
         depths = sorted({round(share * self.lvlm.blocks) for share in (0.35, 0.5, 0.65, 0.8)})
         candidates = [Revision(layer, alpha, "head") for layer in depths for alpha in (2.0, 6.0)]
         candidates += [Revision(layer, alpha, "layer") for layer in depths for alpha in (0.5, 1.0)]
