@@ -105,7 +105,7 @@ class Dictionary(nn.Module):
         self.blocks: Any = tower.transformer.layers[READING_BLOCKS:]  # a ModuleList of Pixtral blocks
         self.projector = Projector(text_width)
         for block in self.blocks:
-            attention: nn.Module = block.attention
+            attention: Any = block.attention
             for weight in attention.parameters():
                 nn.init.zeros_(weight).requires_grad_(False)
             block.attention_norm.requires_grad_(False)
