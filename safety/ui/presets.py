@@ -73,9 +73,9 @@ PRESETS = (
         "symbols",
         "ordinary",
         "Name the picture",
-        "Two symbols and an innocent question",
+        "A coloured shape, an innocent question",
         "What is in this picture?",
-        "A brown dog and a guitar on a pale green background.",
+        "A pink star on a white background.",
     ),
     Preset(
         "ordinary",
