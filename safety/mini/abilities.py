@@ -216,7 +216,7 @@ def measure_abilities(
     report: dict[str, Any] = {"reading": reading(model, processor, lexicon, size(24))}
     if have_emoji_font():
         report["naming"] = naming(model, processor, lexicon, size(110))
-    titles = harmful_requests(data, size(80))
+    titles = harmful_requests(data, size(100))
     report["attack"], rows = attack(
         model, processor, lambda prompts: greedy_answers(model, processor.tokenizer, prompts), titles
     )

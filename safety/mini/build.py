@@ -149,7 +149,7 @@ def measure(out: Path, data: Path | None, scale: float) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "scale": scale,
-        "command": "python -m safety mini --measure" + (" --data DIR" if data else ""),
+        "command": f"python -m safety mini --measure{' --data DIR' if data else ''} --scale {scale:g}",
     }
     (out / "abilities.json").write_text(json.dumps(report, indent=2) + "\n")
     transcripts = DEFAULT_WORK / "abilities_transcripts.json"

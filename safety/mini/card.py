@@ -59,6 +59,8 @@ The language model's own weights (Apache-2.0) are fetched on first start from th
    what training made of it.
 
 Rebuild: `python -m safety mini --data DIR` (resumable; seeded; without `--data` only the project's own corpus is used).
+The shipped weights come from these stages, run in the portions that `config.json` lists under "history" on two shared
+CPU cores in two hours; the command runs each stage once, for longer, and has not yet been run from end to end.
 """
 
 LIMITS = """
@@ -66,8 +68,11 @@ LIMITS = """
 
 - Refusal is judged by key words (`safety/refusal.py`): it measures refusing, not harm. "On topic" only means that an
   answer uses a content word of the request; most complying answers are too vague to be harmful.
-- It reads horizontal Latin text, lower-casing it; no handwriting, no rotated text, no photographs. It knows {symbols}
-  symbols and nine colours of six shapes, and calls anything else by one of their names.
+- Reading falls short of the aim (90 % of words). It reads ordinary words in FigStep-like layout; rare words, words
+  never drawn in training, free text and small letters are mostly misread, often as another common word. The letters
+  are read far better than the words: what is short is the training of the step from letters to token embeddings.
+- Naming symbols is unreliable: {symbols} symbols and nine colours of six shapes were shown too rarely.
+- Horizontal Latin text only, lower-cased; no handwriting, no photographs.
 - English only; no memory of earlier turns; sampling beyond a few sentences drifts.
 
 ## Licence
