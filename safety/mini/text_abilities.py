@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from safety.mini import corpus
 from safety.mini.base import chat
 from safety.refusal import refusal_start
+from safety.statistics import rate
 
 MAX_NEW_TOKENS = 40
 
@@ -45,12 +45,6 @@ def greedy_answers(
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text
     return answers
-
-
-def rate(hits: int, total: int) -> dict[str, Any]:
-    """A proportion with its count, total and Wilson 95 % interval."""
-    low, high = binomtest(hits, total).proportion_ci(method="wilson")
-    return {"hits": hits, "n": total, "rate": hits / total, "low": float(low), "high": float(high)}
 
 
 def looks_degenerate(text: str) -> bool:
