@@ -91,8 +91,13 @@ def test_without_defenses_only_the_undefended_column_runs(page: Any) -> None:
 
 def test_sliders_reach_the_engine(page: Any, engine: StandInEngine) -> None:
     page.click(".defense-sapt .settings button")
-    page.fill(".defense-sapt input[type=number] >> nth=1", "8")
-    page.keyboard.press("Tab")
+    slider = page.locator(".defense-sapt input[type=range] >> nth=1")
+    for _ in range(10):  # a field that was filled before Gradio had wired it up forgets the number
+        page.fill(".defense-sapt input[type=number] >> nth=1", "8")
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(500)  # Gradio hands a slider's value on a moment after it shows it
+        if slider.input_value() == "8":
+            break
     ask(page, "Hello?")
     wait_for_end(page)
     assert engine.requests[-1]["lanes"][1].sapt.interval == 8
