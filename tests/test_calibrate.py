@@ -13,10 +13,10 @@ from tiny import tiny_llava
 
 from safety.artifacts import Artifacts, load_artifacts
 from safety.calibrate import activations, layers, run, soft_prompt, vectors
-from safety.calibrate.samples import Sample, read_samples, write_samples
 from safety.detector import fit_probe
 from safety.engine import Engine
 from safety.errors import UserError
+from safety.samples import Sample, read_samples, write_samples
 from safety.statistics import conformal_threshold, rate
 
 

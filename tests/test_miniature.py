@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from safety.artifacts import load_artifacts
-from safety.calibrate.samples import CARRIER, miniature_samples
+from safety.calibrate.samples import miniature_samples
 from safety.engine import Engine, Request
 from safety.errors import UserError
 from safety.lvlm import load
 from safety.mini.render import figstep
+from safety.samples import CARRIER
 from safety.settings import Lane
 
 pytestmark = pytest.mark.miniature

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from safety.artifacts import SHIPPED, Artifacts, SasaArtifact, TraceArtifact, load_artifacts, save_artifacts
 from safety.calibrate import activations, layers, soft_prompt, trial, vectors
-from safety.calibrate.samples import Sample, miniature_samples, read_samples, write_samples
+from safety.calibrate.samples import miniature_samples
 from safety.defenses.sasa import projected_hidden
 from safety.detector import fit_probe
 from safety.engine import Engine
@@ -30,6 +30,7 @@ from safety.inputs import open_image
 from safety.lvlm import LVLM, MINIATURE, load
 from safety.quantize import Int8Linear
 from safety.refusal import refusal_start
+from safety.samples import Sample, read_samples, write_samples
 from safety.settings import Lane, Revision, Sapt, Sasa
 from safety.statistics import conformal_threshold
 

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 
-from safety.calibrate.samples import Sample
 from safety.engine import Engine, Request
+from safety.samples import Sample
 from safety.settings import Lane
 from safety.statistics import rate
 from safety.transcript import Answer

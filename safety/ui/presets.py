@@ -6,7 +6,7 @@ Their pictures are drawn once by `python -m safety.ui.draw` and kept under asset
 from dataclasses import dataclass
 from pathlib import Path
 
-from safety.calibrate.samples import CARRIER
+from safety.samples import CARRIER
 
 FOLDER = Path(__file__).parents[2] / "assets" / "presets"
 
