@@ -299,7 +299,7 @@ def test_alignment_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(align, "load_base_lm", load)
-    monkeypatch.setattr(align, "fast_dtype", lambda: torch.float32)
+    monkeypatch.setattr(align, "fast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(align, "load_tokenizer", StubTokenizer)
     monkeypatch.setattr(align, "answer_all", lambda model, tokenizer, prompts, path: {p: "Yes." for p, _ in prompts})
     settings = align.AlignSettings(steps=4, batch_size=4, warmup=1, save_every=2)

@@ -5,7 +5,7 @@ from tiny import random_artifacts, tiny_llava
 from torch import nn
 
 from safety.engine import Engine
-from safety.quantize import Int8Linear, quantize_linears
+from safety.quantize import Int8Linear, fast_dtype, quantize_linears
 from safety.settings import Lane, Revision, Sapt, Sasa
 
 
@@ -31,3 +31,12 @@ def test_lanes_of_an_int8_model_equal_the_same_lanes_alone():
     together = [answer.text for answer in engine.answer("Hello there", lanes=lanes, max_new_tokens=20)]
     assert together == [engine.answer("Hello there", lanes=[lane], max_new_tokens=20)[0].text for lane in lanes]
     assert len(set(together)) == 3
+
+
+def test_the_fast_dtype_of_a_cpu_is_measured_even_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for fast, clock in ((torch.float32, (0, 1, 5, 9)), (torch.bfloat16, (0, 4, 5, 6))):
+        ticks = iter(clock)
+        monkeypatch.setattr("safety.quantize.time.perf_counter", lambda ticks=ticks: next(ticks))
+        assert fast_dtype("cpu") == fast
+    assert fast_dtype("cuda:1") == torch.bfloat16

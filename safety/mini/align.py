@@ -10,7 +10,6 @@ import itertools
 import json
 import random
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safety.mini import corpus
 from safety.mini.answers import answer_all
 from safety.mini.base import chat, load_base_lm, load_tokenizer
 from safety.mini.lora import add_lora, lora_state
+from safety.quantize import fast_dtype
 
 LORA_FILE = "text_lora.safetensors"
 CHECKPOINT = "align_checkpoint.pt"
@@ -50,21 +50,6 @@ class Example:
 
     ids: list[int]
     start: int
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it faster than float32 (or on CUDA), measured; else float32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    times: dict[torch.dtype, float] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        left @ right
-        start = time.perf_counter()
-        for _ in range(5):
-            left @ right
-        times[dtype] = time.perf_counter() - start
-    return min(times, key=lambda dtype: times[dtype])
 
 
 def encode(tokenizer: Any, prompt: str, answer: str, limit: int = 48) -> Example:
@@ -165,7 +150,7 @@ def align(
     work, data = Path(work_dir), Path(data_dir) if data_dir else None
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer()
-    model = load_base_lm(fast_dtype()).to(device)
+    model = load_base_lm(fast_dtype(device)).to(device)
     answers = answer_all(model, tokenizer, training_prompts(data, settings), work / "answers.jsonl")
     torch.manual_seed(settings.seed)
     parameters = add_lora(model.get_decoder())

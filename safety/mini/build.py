@@ -138,11 +138,11 @@ def train_instruct(work: Path, data: Path | None, out: Path, seed: int, device: 
 def measure(out: Path, data: Path | None, scale: float) -> None:
     """Measure the artifact and write ``abilities.json`` and the model card beside it."""
     from safety.mini.abilities import measure_abilities
-    from safety.mini.align import fast_dtype
     from safety.mini.assemble import load_miniature
     from safety.mini.card import write_card
+    from safety.quantize import fast_dtype
 
-    model, processor = load_miniature(dtype=fast_dtype(), folder=out)
+    model, processor = load_miniature(dtype=fast_dtype("cpu"), folder=out)
     started = time.monotonic()
     report, rows = measure_abilities(model, processor, make_lexicon(None, None), data, scale)
     report["setup"] = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from safety.mini import corpus, tasks
-from safety.mini.align import AlignSettings, Example, answer_loss, build_pools, fast_dtype, training_prompts
+from safety.mini.align import AlignSettings, Example, answer_loss, build_pools, training_prompts
 from safety.mini.answers import clean_answer, read_answers
 from safety.mini.base import load_base_lm
 from safety.mini.joint import Joint
@@ -28,6 +28,7 @@ from safety.mini.symbols import SHAPES, SYMBOLS
 from safety.mini.tasks import Turn
 from safety.mini.train_vision import adamw, train_loop
 from safety.mini.vision import to_pixels
+from safety.quantize import fast_dtype
 
 INSTRUCT_CHECKPOINT = "instruct.pt"
 PICTURES = 4  # pictures of one step, each with several turns
@@ -159,7 +160,7 @@ def instruct(
         The language model with its trained LoRA layers.
     """
     torch.manual_seed(seed)
-    model = load_base_lm(fast_dtype()).to(device)
+    model = load_base_lm(fast_dtype(device)).to(device)
     parameters = add_lora(model.get_decoder())
     load_lora(model.get_decoder(), text_lora)
     # The lowest blocks keep the text alignment's update: backpropagation is the larger half of a step.
