@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,7 @@ from safety.transcript import Answer, Event, Step
 
 __all__ = ["Answer", "Engine", "Event", "Request", "Step"]
 
+ALTERNATIVES = 5  # likeliest tokens that a Step names
 REFUSAL = "I'm sorry, but I can't help with that request."
 
 
@@ -168,6 +169,10 @@ class _Run:
             logits = self.lvlm.logits(hidden)
             trace = self.artifacts.trace
             harm = trace.probe.probability(hidden).tolist() if trace else [None] * len(self.rows)
+            total = logits.logsumexp(-1)
+            likeliest = logits.topk(min(ALTERNATIVES, logits.shape[-1]))
+            chances = (likeliest.values - total[:, None]).exp().tolist()
+            ids = likeliest.indices.tolist()
             alive: list[int] = []
             tokens: list[int | None] = []
             checks: list[bool] = []
@@ -180,6 +185,9 @@ class _Run:
                     checks.append(True)
                     continue
                 step = self._emit(row, token, harm[number], time.perf_counter() - began, prefill_seconds)
+                others = [(self.lvlm.text([other]), p) for other, p in zip(ids[number], chances[number], strict=True)]
+                step = replace(step, probability=(logits[number, token] - total[number]).exp().item(),
+                               alternatives=tuple(others), prompt_tokens=row.length)
                 yield step
                 if step.finish is None:
                     alive.append(number)

@@ -28,6 +28,11 @@ class Step:
         harm: P(harm) of the state from which the token was chosen; None without a trace detector.
         finish: None, or why the lane ends here: "eos", "length" (token limit) or "gate" (SASA refused).
         seconds: since the run began; prefill_seconds: of these, before the first token could be chosen.
+        probability: of this token, at temperature 1. alternatives: the likeliest tokens there with theirs, this one
+            included if it is among them; the text of an end-of-answer token is "".
+        prompt_tokens: length of the prompt, image included.
+        layers: on a lane's first step, P(harm) of the clean prompt's last position behind each block; () elsewhere
+            or where no block was calibrated.
     """
 
     request: int
@@ -40,6 +45,10 @@ class Step:
     finish: Literal["eos", "length", "gate"] | None
     seconds: float
     prefill_seconds: float
+    probability: float | None = None
+    alternatives: tuple[tuple[str, float], ...] = ()
+    prompt_tokens: int = 0
+    layers: tuple[float, ...] = ()
 
 
 @dataclass
@@ -54,12 +63,20 @@ class Answer:
     finish: str | None = None
     seconds: float = 0.0
     prefill_seconds: float = 0.0
+    probability: list[float | None] = field(default_factory=list)
+    alternatives: list[tuple[tuple[str, float], ...]] = field(default_factory=list)
+    prompt_tokens: int = 0
+    layers: tuple[float, ...] = ()
 
     def add(self, step: Step) -> None:
         """Append one step of this lane."""
         if step.finish != "eos":
             self.tokens.append(step.text)
             self.harm.append(step.harm)
+            self.probability.append(step.probability)
+            self.alternatives.append(step.alternatives)
+        self.prompt_tokens = step.prompt_tokens
+        self.layers = step.layers or self.layers
         self.events.extend(step.events)
         self.finish, self.seconds, self.prefill_seconds = step.finish, step.seconds, step.prefill_seconds
 

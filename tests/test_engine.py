@@ -257,3 +257,14 @@ def test_bad_lanes_are_refused_before_any_model_work(lvlm, engine, lanes, messag
 def test_bad_requests_are_refused(engine, kwargs, message):
     with pytest.raises(UserError, match=message):
         next(iter(engine.stream(kwargs.pop("prompt", PROMPT), lanes=[LANES["none"]], **kwargs)))
+
+
+def test_a_step_names_the_likeliest_tokens_and_its_own_chance(lvlm, engine):
+    steps = list(engine.stream(PROMPT, lanes=[LANES["none"], LANES["gate fires"]], max_new_tokens=4))
+    greedy = [step for step in steps if step.lane == 0]
+    for step in greedy:
+        chances = [p for _, p in step.alternatives]
+        assert len(chances) == 5 and chances == sorted(chances, reverse=True) and 0 < sum(chances) <= 1 + 1e-5
+        assert step.probability == pytest.approx(chances[0]) and step.prompt_tokens > 3
+    forced = next(step for step in steps if step.lane == 1)  # not what the model would have said
+    assert forced.probability is not None and forced.probability < forced.alternatives[0][1]
