@@ -1,19 +1,41 @@
 """The front door: load a model, build the page, serve it. `python app.py --help` lists the flags."""
 
 import argparse
+import importlib
 import os
 import socket
 import sys
+import time
+from typing import Any
 
 from safety.errors import UserError
+
+
+def zero_gpu() -> bool:
+    """Does this process run on a Space with ZeroGPU?"""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the flags; argparse exits with a message of its own on an unknown one."""
     parser = argparse.ArgumentParser(description="One vision-language model, undefended and defended, side by side.")
-    parser.add_argument("--model", default="miniature", help="miniature (default) or a Hugging Face model id")
+    # A Space cannot pass flags: its variables give their defaults.
+    given = os.environ.get
     parser.add_argument(
-        "--quantization", choices=("none", "bf16", "int8", "nf4"), help="default: what suits the device"
+        "--model", default=given("DEMO_MODEL", "miniature"), help="miniature (default), a Hugging Face id, or a folder"
+    )
+    parser.add_argument(
+        "--quantization",
+        default=given("DEMO_QUANTIZATION"),
+        choices=("none", "bf16", "int8", "nf4"),
+        help="default: what suits the device",
+    )
+    parser.add_argument("--revision", default=given("DEMO_REVISION"), help="branch, tag or commit of a Hugging Face model")
+    parser.add_argument(
+        "--artifacts",
+        default=given("DEMO_ARTIFACTS"),
+        metavar="DIR",
+        help="what was calibrated for the model (default: what is shipped for it)",
     )
     parser.add_argument(
         "--host",
@@ -54,22 +76,47 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parse(arguments)
     try:
         port = check_address(flags.host, flags.port)
-        print(f"Loading {flags.model} …", flush=True)
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-        from safety.artifacts import load_artifacts  # seconds of imports: not before the flags are known to be good
-        from safety.engine import Engine
-        from safety.lvlm import load
-        from safety.ui import build_page, launch_options
+        print("Opening the page …", flush=True)
+        if zero_gpu():
+            importlib.import_module("spaces")  # before torch and gradio: it puts its own GPU in their way
+        from safety.ui import Host, build_page, launch_options  # seconds of imports: not before the flags are good
+        from safety.ui.host import Choice
+        from safety.ui.mode import mode_of
+        from safety.ui.space import use_zero_gpu
 
-        lvlm = load(flags.model, flags.quantization, progress=lambda line: print(f"  {line}", flush=True))
-        engine = Engine(lvlm, load_artifacts(lvlm))
+        host = Host(mode=mode_of())
+        choice = Choice(flags.model, flags.quantization, flags.revision, flags.artifacts)
+        if zero_gpu():  # there, the model has to be in memory before the launch
+            host.switch(choice)
+            host.source = use_zero_gpu(host.ready())
+        else:
+            host.start(choice)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     shown = "127.0.0.1" if flags.host in ("0.0.0.0", "::") else flags.host
-    print(f"Ready: {lvlm.label}. Open http://{shown}:{port} in a browser; press Ctrl+C here to stop.", flush=True)
-    build_page(engine).launch(server_name=flags.host, server_port=port, quiet=True, **launch_options())
+    page = build_page(host)
+    page.launch(server_name=flags.host, server_port=port, quiet=True, prevent_thread_lock=True, **launch_options())
+    print(f"Open http://{shown}:{port} in a browser; press Ctrl+C here to stop.", flush=True)
+    report(host)
+    page.block_thread()
     return 0
+
+
+def report(host: Any) -> None:
+    """Tell the terminal how the loading goes, too; returns when it is over."""
+    told = ""
+    while True:
+        status = host.status()
+        if status["message"] and status["message"] != told:
+            told = status["message"]
+            print(f"  {told}", flush=True)
+        if status["state"] != "working":
+            break
+        time.sleep(0.2)
+    if host.engine is not None:
+        print(f"Ready: {host.engine.lvlm.label}.", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from safety.artifacts import Artifacts, load_artifacts, save_artifacts
 from safety.engine import Engine, Request
 from safety.errors import UserError
 from safety.inputs import open_image
-from safety.lvlm import LVLM, load
+from safety.loading import load
+from safety.lvlm import LVLM
 from safety.settings import Lane, Revision, Sampling, Sapt, Sasa
 from safety.transcript import Answer, Event, Step
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from safety.artifacts import load_artifacts
 from safety.engine import Engine
 from safety.errors import UserError
-from safety.lvlm import LVLM, load
+from safety.loading import load
+from safety.lvlm import LVLM
 from safety.settings import Lane
 
 PROMPT = "What do you see in this picture? Describe it in detail."

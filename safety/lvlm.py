@@ -1,11 +1,9 @@
-"""Load a vision-language model and name its parts. The one file that knows architectures.
+"""A loaded vision-language model and the names of its parts. The one file that knows architectures.
 
 Everything else speaks of *blocks* (decoder layers, counted from 0), the *norm* behind the last of them, the output
 embedding and the prompt's prefill; where those live in a Hugging Face model is decided here.
 """
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,6 @@ from safety.errors import UserError
 from safety.inputs import check_prompt
 
 MINIATURE = "miniature"
-QUANTIZATIONS = ("none", "bf16", "int8", "nf4")
 
 
 @dataclass
@@ -52,13 +49,19 @@ class Trunk:
 
 @dataclass
 class LVLM:
-    """A loaded model, its processor and the names of its parts. `lock` serialises runs: hooks are model state."""
+    """A loaded model, its processor and the names of its parts. `lock` serialises runs: hooks are model state.
+
+    Attributes:
+        source: what it was loaded from (a hub id, a folder, "miniature"); "" for a model that was made in memory.
+        revision: the commit or digest of its weights.
+    """
 
     name: str
     model: Any  # a transformers model; its parts are reached by name, which types cannot follow
     processor: Any
     quantization: str = "none"
     revision: str = ""
+    source: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +83,9 @@ class LVLM:
         # DeepStack models (Qwen3-VL) add image features behind their first blocks: SASA cannot re-run those alone.
         vision = getattr(self.model.config, "vision_config", None)
         self.deepstack: int = len(getattr(vision, "deepstack_visual_indexes", None) or [])
-        self.device = self.embed.weight.device
+        self.device = self.embed.weight.device  # inputs go here; accelerate carries states to the other devices
+        dtype = str(self.embed.weight.dtype).rpartition(".")[2]
+        self.number_format: str = self.quantization if self.quantization != "none" else dtype
         eos = self.model.generation_config.eos_token_id
         eos = eos if eos is not None else self.tokenizer.eos_token_id
         self.eos_ids: frozenset[int] = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
@@ -91,8 +96,16 @@ class LVLM:
     @property
     def label(self) -> str:
         """For people: model, number format and device."""
-        number = self.quantization if self.quantization != "none" else str(self.embed.weight.dtype).rpartition(".")[2]
-        return f"{self.name} · {number} · {self.device.type}"
+        return f"{self.name} · {self.number_format} · {self.device.type}"
+
+    @property
+    def closed(self) -> bool:
+        """Has the model been let go of?"""
+        return self.model is None
+
+    def close(self) -> None:
+        """Let go of the model, so that its memory can be freed. The caller holds `lock`; nothing runs here again."""
+        self.model = self.decoder = self.layers = self.embed = self.lm_head = None
 
     def attention_output(self, block: int) -> Any:
         """The output projection of a block's attention; its input is [batch, positions, heads * head_dim]."""
@@ -195,6 +208,19 @@ class LVLM:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def unsupported(model: Any) -> str:
+    """Why a transformers model, on whatever device, cannot be an LVLM here; "" if it can."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    layers = getattr(decoder, "layers", None)
+    if not layers or not hasattr(decoder, "norm"):
+        return "it has no plain stack of decoder blocks with a norm behind it"
+    if not all(hasattr(getattr(layer, "self_attn", None), "o_proj") for layer in layers):
+        return "not all of its decoder blocks are self-attention with an output projection"
+    if model.get_output_embeddings() is None:
+        return "it has no output embedding"
+    return ""
+
+
 @contextmanager
 def hooks() -> Iterator[Callable[[RemovableHandle], None]]:
     """Collect hook handles and remove every one of them on the way out, whatever happens."""
@@ -204,58 +230,3 @@ def hooks() -> Iterator[Callable[[RemovableHandle], None]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def load(name: str = MINIATURE, quantization: str | None = None,
-         progress: Callable[[str], None] = lambda message: None) -> LVLM:
-    """Load an LVLM by name: the miniature, or a Hugging Face hub id or folder.
-
-    Args:
-        quantization: "none" (fp32 on CPU), "bf16", "int8", "nf4"; None chooses what is fastest here.
-        progress: called with a sentence at each stage.
-
-    Raises:
-        UserError: unknown quantization, unknown model, or nothing to load it from.
-    """
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise UserError(f"Quantization must be one of {', '.join(QUANTIZATIONS)}, but it is {quantization!r}.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == MINIATURE:
-        return _load_miniature(quantization, device, progress)
-    return _load_hub(name, quantization or ("nf4" if device == "cuda" else "none"), progress)
-
-
-def _load_miniature(quantization: str | None, device: str, progress: Callable[[str], None]) -> LVLM:
-    from safety.mini.assemble import ARTIFACT, CONFIG, load_miniature
-    from safety.quantize import Int8Linear, int8_is_faster, quantize_linears
-    if quantization is None:
-        quantization = "bf16" if device == "cuda" else "int8" if int8_is_faster() else "none"
-    if quantization == "nf4" or (quantization == "int8" and device == "cuda"):
-        raise UserError(f"The miniature is too small for {quantization} on {device}. "
-                        "Use --quantization none or bf16, or int8 on a CPU.")
-    progress("Loading the miniature LVLM …")
-    model, processor = load_miniature(torch.bfloat16 if quantization == "bf16" else torch.float32, device)
-    if quantization == "int8":
-        quantize_linears(model.get_decoder())
-        model.lm_head = Int8Linear(model.lm_head)
-    files = json.loads((ARTIFACT / CONFIG).read_text())["files"]
-    revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
-    return LVLM(MINIATURE, model, processor, quantization, revision)
-
-
-def _load_hub(name: str, quantization: str, progress: Callable[[str], None]) -> LVLM:
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
-    settings: dict[str, Any] = {"dtype": torch.float32 if quantization == "none" else torch.bfloat16}
-    if quantization == "nf4":
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    elif quantization == "int8":
-        settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    progress(f"Loading {name} ({quantization}) …")
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, device_map="auto", **settings)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The model {name!r} could not be loaded: {str(error).splitlines()[0]} "
-                        f"Give a Hugging Face id, a folder, or {MINIATURE!r}.") from error
-    return LVLM(name, model, processor, quantization, getattr(model.config, "_commit_hash", None) or "")

@@ -14,7 +14,7 @@ from safety.artifacts import load_artifacts
 from safety.calibrate.samples import miniature_samples
 from safety.engine import Engine, Request
 from safety.errors import UserError
-from safety.lvlm import load
+from safety.loading import load
 from safety.mini.render import figstep
 from safety.samples import CARRIER
 from safety.settings import Lane

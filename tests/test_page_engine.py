@@ -8,7 +8,7 @@ from tiny import random_artifacts, tiny_llava
 
 from safety.artifacts import load_artifacts
 from safety.engine import Engine
-from safety.lvlm import load
+from safety.loading import load
 from safety.mini.base import BaseModelError, base_folder
 from safety.ui.browser import served
 from safety.ui.page import build_page

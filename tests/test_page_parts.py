@@ -221,7 +221,7 @@ def test_app_prints_a_sentence_when_loading_fails(monkeypatch: Any, capsys: pyte
     def refuse(*_: Any, **__: Any) -> SimpleNamespace:
         raise UserError("The model was not found: check its name.")
 
-    monkeypatch.setattr("safety.lvlm.load", refuse)
+    monkeypatch.setattr("safety.loading.load", refuse)
     assert app.main(["--port", "18765", "--model", "nobody/nothing"]) == 2
     captured = capsys.readouterr()
     assert (

@@ -27,7 +27,8 @@ from safety.detector import fit_probe
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.inputs import open_image
-from safety.lvlm import LVLM, MINIATURE, load
+from safety.loading import load
+from safety.lvlm import LVLM, MINIATURE
 from safety.quantize import Int8Linear
 from safety.refusal import refusal_start
 from safety.samples import Sample, read_samples, write_samples

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("assets/screenshots"))
     flags = parser.parse_args()
     from safety.artifacts import load_artifacts
-    from safety.lvlm import load
+    from safety.loading import load
 
     try:
         lvlm = load(flags.model, progress=print)
