@@ -1,4 +1,4 @@
-"""python -m safety generate | calibrate | bench | mini"""
+"""python -m safety generate | calibrate | evaluate | report | bench | mini"""
 
 import argparse
 import json
@@ -21,6 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_model(calibrate)
     from safety.calibrate import run as calibration
     calibration.add_arguments(calibrate)
+    evaluate = commands.add_parser("evaluate", help="measure every lane on attacks and on benign requests")
+    _add_model(evaluate)
+    from safety.evaluate import command as evaluation
+    evaluation.add_arguments(evaluate)
+    evaluation.add_report_arguments(commands.add_parser("report", help="write an evaluation's report again"))
     bench = commands.add_parser("bench", help="measure speed ratios on this machine")
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     bench.add_argument("--repeats", type=int, default=5, help="measurements of each row (default 5)")
@@ -33,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _generate(arguments)
         if arguments.command == "calibrate":
             return calibration.run(_load(arguments), arguments)
+        if arguments.command == "evaluate":
+            if arguments.check_judge:
+                return evaluation.check_judge(arguments.check_judge)
+            return evaluation.evaluate(_load(arguments), arguments)
+        if arguments.command == "report":
+            return evaluation.report(arguments)
         if arguments.command == "bench":
             from safety.bench import run as run_bench
             return run_bench(arguments.repeats, arguments.json)
@@ -67,7 +78,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> Any:
-    from safety.lvlm import load
+    from safety.loading import load
     return load(arguments.model, arguments.quantization, lambda message: print(message, file=sys.stderr))
 
 

@@ -1,0 +1,107 @@
+"""python -m safety evaluate, and report."""
+
+import argparse
+import functools
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safety.artifacts import Artifacts, fingerprint, load_artifacts
+from safety.errors import UserError
+from safety.evaluate import judges, run, suites
+from safety.evaluate.arms import SAFETY_PROMPT, digest, parse_arms
+from safety.evaluate.summary import summarise
+from safety.lvlm import LVLM
+from safety.settings import check_length
+
+SUMMARY, HTML, MARKDOWN = "summary.json", "report.html", "report.md"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `evaluate` (the model's are added by the caller)."""
+    parser.add_argument("--suite", action="append", default=[], metavar="NAME|FILE|BENCHMARK:DIR",
+                        help=f"may be repeated: {', '.join((*suites.SETS, *suites.SUITES))}, a sample file, or a "
+                             "benchmark such as figstep:DIR or vlguard:hub (default standard)")
+    parser.add_argument("--lanes", default="standard",
+                        help="see safety/evaluate/arms.py, such as none,sasa,sapt:interval=8,safety-prompt; the first "
+                             "is what the others are compared with (default standard)")
+    parser.add_argument("--out", type=Path, default=Path("build/evaluate"),
+                        help="folder of answers, summary and report; taken up again (default build/evaluate)")
+    parser.add_argument("--artifacts", type=Path, help="calibrated artifacts (default: those shipped for the model)")
+    parser.add_argument("--limit", type=int, default=40, help="samples of each suite (default 40)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the answers (default 48)")
+    parser.add_argument("--batch", type=int, default=8, help="requests answered at once, in all lanes (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="which samples of a benchmark are drawn")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument("--check-judge", type=Path, metavar="FILE.csv",
+                        help="instead: agreement of the refusal judges with human labels, stored beside the judge")
+
+
+def check_judge(path: Path) -> int:
+    """Measure the refusal judges against human labels and keep the figures for the reports."""
+    found = judges.agreement(path)
+    run.write_json(judges.AGREEMENT, found)
+    for name, row in found["judges"].items():
+        print(f"{name:20} κ {row['kappa']:.3f} (n = {row['n']}; with partial refusals as refusals "
+              f"{row['kappa_partial_is_refusal']:.3f}, n = {found['n']})")
+    return 0
+
+
+def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
+    """Answer, sum up, and write the report; under `accelerate launch` every process answers its share."""
+    from safety.evaluate.report import write_report
+
+    process, processes = run.processes()
+    check_length(arguments.max_new_tokens)
+    if arguments.limit < 1 or arguments.batch < 1:
+        raise UserError("--limit and --batch must be at least 1.")
+
+    @functools.cache
+    def calibrated(folder: str | None) -> Artifacts:
+        return load_artifacts(lvlm, folder or arguments.artifacts)
+
+    arms = parse_arms(arguments.lanes, calibrated)
+    names = [name for given in arguments.suite or ["standard"] for name in suites.SETS.get(given, (given,))]
+    # Each process draws the pictures for itself: writing one file twice at a time would tear it.
+    pictures = arguments.out / "pictures" if process == 0 else arguments.out / f"pictures-{process}"
+    made = {name: suites.suite(name, pictures, arguments.limit, arguments.seed) for name in dict.fromkeys(names)}
+    samples = {name: rows for name, (_, rows) in made.items()}
+    records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens,
+                          batch=arguments.batch, process=process, processes=processes)
+    if processes > 1:
+        run.wait_for_everyone()
+        if process:
+            return 0
+        records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens)
+    summary: dict[str, Any] = {
+        "model": lvlm.name, "label": lvlm.label, "fingerprint": fingerprint(lvlm),
+        "artifacts": digest(calibrated(None)), "lanes": {arm.name: repr(arm.lane) for arm in arms},
+        "safety_prompt": SAFETY_PROMPT, "about": {name: about for name, (about, _) in made.items()},
+        "settings": {"max_new_tokens": arguments.max_new_tokens, "limit": arguments.limit, "seed": arguments.seed,
+                     "decoding": "greedy"},
+        "judge": {"name": "safety.refusal", "agreement": judges.known_agreement()},
+        "date": datetime.now(UTC).date().isoformat(),
+        **summarise(records, samples, arms)}
+    run.write_json(arguments.out / SUMMARY, summary)
+    write_report(arguments.out)
+    if arguments.json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        print((arguments.out / MARKDOWN).read_text(encoding="utf-8"))
+    print(f"Saved to {arguments.out}.", file=sys.stderr)
+    return 0
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `report`."""
+    parser.add_argument("folder", type=Path, help="the --out of an evaluation")
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write the report of an evaluation again, from its summary."""
+    from safety.evaluate.report import write_report
+    for path in write_report(arguments.folder):
+        print(path)
+    return 0

@@ -1,0 +1,81 @@
+"""The report of an evaluation, from its summary alone: one self-contained HTML page and a Markdown table.
+
+Everything that a model wrote, or that came in a sample, is escaped by the template engine.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from safety.errors import UserError
+from safety.evaluate.figures import figures
+
+MEASURES = {"attack_success": "attack success", "over_refusal": "over-refusal", "refusal": "refusal",
+            "utility": "utility", "garbage": "garbage"}
+JUDGED = ("attack_success", "over_refusal", "refusal")
+
+
+def percent(row: Mapping[str, Any] | None) -> str:
+    """A rate with its interval for people: "17/24, 71 % (51–85)"; a dash where there is none."""
+    if row is None or row["rate"] is None or not row["n"]:
+        return "–"
+    count = f"{row['hits']}/{row['n']}, " if row["hits"] is not None else f"n = {row['n']}, "
+    return f"{count}{100 * row['rate']:.0f} % ({100 * row['low']:.0f}–{100 * row['high']:.0f})"
+
+
+def quantity(row: Mapping[str, Any]) -> str:
+    """A mean with its interval for people."""
+    if row["mean"] is None:
+        return "–"
+    digits = 0 if row["mean"] >= 10 else 1 if row["mean"] >= 1 else 2
+    return f"{row['mean']:.{digits}f} ({row['low']:.{digits}f}–{row['high']:.{digits}f}), n = {row['n']}"
+
+
+def small(p: float) -> str:
+    """A p-value for people."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def kappa(summary: Mapping[str, Any]) -> str:
+    """The refusal judge's agreement with human labels, as it stands beside every rate it judged."""
+    agreement = summary["judge"]["agreement"]
+    return f"κ {agreement['judges'][summary['judge']['name']]['kappa']:.2f}" if agreement else "κ not measured"
+
+
+def headings(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Column titles by measure; those that the refusal judge decides say how well it agrees with people."""
+    return {name: f"{title} ({kappa(summary)})" if name in JUDGED else title for name, title in MEASURES.items()}
+
+
+def _environment(escape: bool) -> Environment:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=escape,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "quantity": quantity, "small": small,
+                            "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " ")}
+    return environment
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Write report.html and report.md beside a summary.json; returns their paths.
+
+    Raises:
+        UserError: no summary there, or one that this version does not understand.
+    """
+    source = folder / "summary.json"
+    try:
+        summary = json.loads(source.read_text(encoding="utf-8"))
+        drawn = [(caption, base64.b64encode(svg.encode()).decode()) for caption, svg in figures(summary)]
+        context = {"summary": summary, "headings": headings(summary), "kappa": kappa(summary)}
+        pages = {folder / "report.md": _environment(False).get_template("report.md").render(context),
+                 folder / "report.html": _environment(True).get_template("report.html").render(figures=drawn,
+                                                                                              **context)}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{source} is missing or damaged ({error}). Evaluate first: python -m safety evaluate "
+                        f"--out {folder}.") from error
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    return list(pages)

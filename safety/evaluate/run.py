@@ -1,0 +1,133 @@
+"""Answer every sample of every suite in every arm, resumably, and sum it up."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from safety.artifacts import Artifacts, fingerprint
+from safety.engine import Engine
+from safety.errors import UserError
+from safety.evaluate.arms import Arm, digest, groups
+from safety.evaluate.records import Key, Writer, read_records
+from safety.lvlm import LVLM
+from safety.samples import Sample
+from safety.settings import MAX_LANES
+from safety.transcript import Answer
+
+DIGITS = 4  # of the probabilities that are kept
+
+
+def answer_key(lvlm: LVLM, artifacts: Artifacts, arm: Arm, max_new_tokens: int) -> str:
+    """Digest of all that determines an arm's answers, but for the sample."""
+    return digest([fingerprint(lvlm), lvlm.label, artifacts, arm, max_new_tokens])
+
+
+def sample_key(sample: Sample) -> str:
+    """Digest of a sample, its picture's bytes included."""
+    picture = Path(sample.image) if sample.image else None
+    return digest([sample.prompt, picture if picture and picture.is_file() else str(picture)])
+
+
+def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: Mapping[str, Sequence[Sample]],
+            arms: Sequence[Arm], out: Path, *, max_new_tokens: int = 48, batch: int = 8, process: int = 0,
+            processes: int = 1) -> dict[Key, dict[str, Any]]:
+    """Give the answers that `out` does not hold yet; greedy, so that a repetition gives the same.
+
+    Args:
+        calibrated: the artifacts of a folder; None for the default ones.
+        suites: samples by suite name. arms: the first is the one that the others are compared with.
+        out: folder of the answers; may hold some of them already, from a run that was stopped.
+        batch: requests answered at once, each in up to MAX_LANES lanes.
+        process, processes: this process takes every `processes`-th sample; each writes a file of its own.
+
+    Returns: all answers of these suites and arms that are in the folder.
+
+    Raises:
+        UserError: the folder holds answers of another model, other artifacts, settings or samples; or no sample of a
+            suite could be answered.
+    """
+    groupings = groups(arms, MAX_LANES)
+    engines = {id(group): Engine(lvlm, group[0].artifacts(calibrated(group[0].folder))) for group in groupings}
+    keys = {}
+    for group in groupings:
+        artifacts = engines[id(group)].artifacts
+        for arm in group:
+            artifacts.check(arm.lane, lvlm.blocks)
+            keys[arm.name] = answer_key(lvlm, artifacts, arm, max_new_tokens)
+    wanted = {(suite, sample.id, arm.name): digest([keys[arm.name], sample_key(sample)])
+              for suite, samples in suites.items() for sample in samples for arm in arms}
+    known = read_records(out) if out.exists() else {}
+    stale = next((key for key, value in wanted.items() if key in known and known[key]["key"] != value), None)
+    if stale:
+        raise UserError(f"{out} holds answers of another model, other artifacts, settings or samples (such as sample "
+                        f"{stale[1]!r} of suite {stale[0]!r} in lane {stale[2]!r}). Choose another --out, or delete "
+                        "that folder.")
+    todo = [(suite, group, sample) for suite, samples in suites.items() for group in groupings
+            for sample in samples[process::processes]
+            if any((suite, sample.id, arm.name) not in known for arm in group)]
+    with Writer(out, process) as writer, tqdm(total=len(todo), unit="request", desc="evaluate",
+                                              disable=not todo or process > 0) as bar:
+        while todo:
+            suite, group, _ = todo[0]
+            samples = [sample for name, other, sample in todo[:batch] if name == suite and other is group]
+            todo = todo[len(samples):]
+            bar.set_postfix_str(f"{suite}: {', '.join(arm.name for arm in group)}"[:60])
+            for sample, answers in zip(samples, _answers(engines[id(group)], group, samples, max_new_tokens),
+                                       strict=True):
+                new = [arm for arm in group if (suite, sample.id, arm.name) not in known]
+                writer.write(_record(suite, sample, arm, wanted[suite, sample.id, arm.name], answers[group.index(arm)])
+                             for arm in new)
+            bar.update(len(samples))
+    return {key: record for key, record in read_records(out).items() if key in wanted}
+
+
+def _answers(engine: Engine, group: Sequence[Arm], samples: Sequence[Sample],
+             max_new_tokens: int) -> list[list[Answer | str]]:
+    """Answers [sample][arm]; the message of the error in place of the answers to a sample that cannot be served."""
+    requests = [group[0].request(sample) for sample in samples]
+    lanes = [arm.lane for arm in group]
+    try:
+        answers = engine.answer_batch(requests, lanes=lanes, max_new_tokens=max_new_tokens)
+    except UserError as error:
+        if len(samples) == 1:
+            return [[str(error) for _ in group]]
+        return [row for sample in samples for row in _answers(engine, group, [sample], max_new_tokens)]
+    for row in answers:
+        for answer in row:  # what an answer costs in this batch: the batch's rows share the machine
+            answer.seconds /= len(samples) * len(lanes)
+    return [list(row) for row in answers]
+
+
+def _record(suite: str, sample: Sample, arm: Arm, key: str, answer: Answer | str) -> dict[str, Any]:
+    """One line of the file: the sample, and the whole transcript in one arm."""
+    record: dict[str, Any] = {"suite": suite, "id": sample.id, "arm": arm.name, "key": key, "label": sample.label,
+                              "scenario": sample.scenario, "asked": sample.asked, "expected": list(sample.expected)}
+    if isinstance(answer, str):
+        return record | {"error": answer}
+    events = [{**asdict(event), "probability": round(event.probability, DIGITS)} for event in answer.events]
+    harm = [None if value is None else round(value, DIGITS) for value in answer.harm]
+    return record | {"tokens": answer.tokens, "finish": answer.finish, "events": events, "harm": harm,
+                     "seconds": round(answer.seconds, DIGITS)}
+
+
+def processes() -> tuple[int, int]:
+    """(number of this process, number of processes) under `accelerate launch`; (0, 1) otherwise."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_everyone() -> None:
+    """Until all processes are here; answers then lie complete in the shared folder."""
+    from accelerate import PartialState
+    PartialState(cpu=True).wait_for_everyone()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step, so that a reader never finds half of it."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
