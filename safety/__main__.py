@@ -79,7 +79,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> Any:
     from safety.loading import load
-    return load(arguments.model, arguments.quantization, lambda message: print(message, file=sys.stderr))
+    return load(arguments.model, arguments.quantization, progress=lambda message: print(message, file=sys.stderr))
 
 
 def _generate(arguments: argparse.Namespace) -> int:
