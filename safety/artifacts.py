@@ -16,73 +16,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from safety.detector import Probe
 from safety.errors import UserError
 from safety.lvlm import LVLM, MINIATURE
+from safety.parts import LayersArtifact, RevisionArtifact, SaptArtifact, SasaArtifact, TraceArtifact
 from safety.settings import Lane, Revision, Sapt, Sasa
 
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parent.parent / "artifacts"
+CONFIG = "config.json"
+DEFENSES = ("sasa", "revision", "sapt")
+PARTS = (*DEFENSES, "trace", "layers")
 LANES = ("none", "sasa", "revision", "sapt", "all")
-
-
-@dataclass
-class SasaArtifact:
-    """probes: {(safety block, fused block): probe on the projected stream's first-token logits [vocabulary]};
-    clean: the same on the clean stream's logits (mode "probe")."""
-
-    probes: dict[tuple[int, int], Probe]
-    clean: Probe
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """The (safety, fused) blocks that can be chosen: those with a probe."""
-        return sorted(self.probes)
-
-
-@dataclass
-class RevisionArtifact:
-    """vectors: {"layer_mms": [blocks, width], "head_mms": [blocks, heads, head_dim], … "pwd"}, safe minus unsafe;
-    scales: the same keys, [blocks] and [blocks, heads]: standard deviation of the activations along the vector;
-    accuracy: [blocks, heads] of each head's probe on held-out samples."""
-
-    vectors: dict[str, Tensor]
-    scales: dict[str, Tensor]
-    accuracy: Tensor
-
-    @property
-    def layers(self) -> list[int]:
-        """The blocks that can be revised."""
-        return list(range(len(self.accuracy)))
-
-    def vector(self, level: str, vector: str, layer: int) -> Tensor:
-        """[width] for level "layer", [heads, head_dim] for level "head"."""
-        return self.vectors[f"{level}_{vector}"][layer]
-
-    def scale(self, level: str, vector: str, layer: int) -> Tensor:
-        """[] for level "layer", [heads] for level "head"."""
-        return self.scales[f"{level}_{vector}"][layer]
-
-
-@dataclass
-class SaptArtifact:
-    """soft: fp32 [length, width] soft prompt; detectors: {"joint": probe, "frozen": probe} on [width] states."""
-
-    soft: Tensor
-    detectors: dict[str, Probe]
-
-    @property
-    def length(self) -> int:
-        """Number of soft tokens."""
-        return self.soft.shape[0]
-
-
-@dataclass
-class TraceArtifact:
-    """probe: P(harm) of the post-norm state [width] from which a token is chosen; threshold: where a line is drawn."""
-
-    probe: Probe
-    threshold: float
 
 
 @dataclass
@@ -102,6 +46,7 @@ class Artifacts:
     revision: RevisionArtifact | None = None
     sapt: SaptArtifact | None = None
     trace: TraceArtifact | None = None
+    layers: LayersArtifact | None = None
     settings: Settings = field(default_factory=Settings)
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -118,7 +63,7 @@ class Artifacts:
         for name in wanted:
             if name not in LANES or wanted.count(name) > 1:
                 raise UserError(f"Lanes must be different names out of {', '.join(LANES)}, but there is {name!r}.")
-            parts = ("sasa", "revision", "sapt") if name == "all" else () if name == "none" else (name,)
+            parts = DEFENSES if name == "all" else () if name == "none" else (name,)
             for part in parts:
                 if getattr(self.settings, part) is None:
                     raise UserError(f"Lane {name!r} needs {part} artifacts and this model has none. "
@@ -128,7 +73,7 @@ class Artifacts:
 
     def check(self, lane: Lane, blocks: int) -> None:
         """Raise UserError unless the lane's settings are in range and the artifacts can serve them."""
-        for part in ("sasa", "revision", "sapt"):
+        for part in DEFENSES:
             if getattr(lane, part) is not None and getattr(self, part) is None:
                 raise UserError(f"Lane {lane.name!r} uses {part}, for which this model has no artifacts. "
                                 "Calibrate it first: python -m safety calibrate.")
@@ -158,55 +103,130 @@ def fingerprint(lvlm: LVLM) -> dict[str, Any]:
 
 
 def save_artifacts(artifacts: Artifacts, lvlm: LVLM, folder: Path) -> None:
-    """Write the folder; parts that are None leave no file."""
+    """Write the folder, its config.json last; parts that are None leave no file, other files are left alone."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for part, tensors in _to_tensors(artifacts).items():
+    for part in PARTS:
         path = folder / f"{part}.safetensors"
+        if getattr(artifacts, part) is None:
+            path.unlink(missing_ok=True)
+            continue
+        tensors = getattr(artifacts, part).tensors()
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         files[path.name] = _sha256(path)
     settings = {name: value for name, value in asdict(artifacts.settings).items() if value is not None}
     config = {"format": FORMAT, "fingerprint": fingerprint(lvlm), "files": files, "settings": settings,
-              "trace_threshold": artifacts.trace.threshold if artifacts.trace else None, "about": artifacts.about}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+              "trace_threshold": artifacts.trace.threshold if artifacts.trace else None,
+              "number_format": lvlm.number_format, "about": artifacts.about}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_artifacts(lvlm: LVLM, folder: Path | str | None = None) -> Artifacts:
     """Load what was calibrated for this model.
 
     Args:
-        folder: where to look; None means the artifacts shipped for this model, and, for a model without any, none.
+        folder: where to look; None means where calibration puts this model's artifacts, if there are any.
 
     Raises:
         UserError: the folder is missing, damaged, tampered with, or belongs to another model; says exactly how.
     """
     if folder is None:
-        if lvlm.name != MINIATURE:
+        folder = default_folder(lvlm)
+        if lvlm.name != MINIATURE and not (folder / CONFIG).is_file():
             return Artifacts()
-        folder = SHIPPED / MINIATURE / "defenses"
     folder = Path(folder)
+    config = read_config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if config["format"] != FORMAT:
-            raise UserError(f"The artifacts in {folder} have format {config['format']}, this version reads {FORMAT}. "
-                            "Calibrate again.")
-        files, expected = dict(config["files"]), dict(config["fingerprint"])
-        _compare(folder, expected, fingerprint(lvlm))
-        parts = {name.removesuffix(".safetensors"): _read(folder / name, digest) for name, digest in files.items()}
-        artifacts = _from_tensors(parts, config, lvlm)
+        _compare(folder, config["fingerprint"], fingerprint(lvlm))
+        tensors = {name.removesuffix(".safetensors"): read_tensors(folder, name, digest)
+                   for name, digest in config["files"].items()}
+        artifacts = _assemble(tensors, config, lvlm)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"The artifact file {error.filename} is missing. Restore it or calibrate again.") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, safetensors.SafetensorError) as error:
         raise UserError(f"The artifacts in {folder} are damaged ({type(error).__name__}: {error}). "
                         "Restore them or calibrate again.") from error
-    for name in ("sasa", "revision", "sapt"):
+    for name in DEFENSES:
         if (getattr(artifacts, name) is None) != (getattr(artifacts.settings, name) is None):
             raise UserError(f"The artifacts in {folder} have {name} tensors without settings or the reverse. "
                             "Calibrate again.")
-    for lane in ([artifacts.standard_lanes(name)[0] for name in ("sasa", "revision", "sapt")
-                  if getattr(artifacts, name) is not None]):
+    for lane in [artifacts.standard_lanes(name)[0] for name in DEFENSES if getattr(artifacts, name) is not None]:
         artifacts.check(lane, lvlm.blocks)
     return artifacts
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder of artifacts, and why it does not fit the model; reason "" means that it fits."""
+
+    folder: Path
+    reason: str
+
+
+def artifact_folders(lvlm: LVLM, root: Path | None = None) -> list[Found]:
+    """Folders of artifacts at `root` or up to three levels below it (None: the ones that come with the project).
+
+    Those that fit the model come first; each is fully checked, as `load_artifacts` does.
+    """
+    root = root or SHIPPED
+    found = []
+    for depth in range(4):
+        for path in sorted(root.glob("*/" * depth + CONFIG)):
+            try:
+                if "fingerprint" not in json.loads(path.read_text()):
+                    continue  # some other config.json, such as a model's
+                load_artifacts(lvlm, path.parent)
+                found.append(Found(path.parent, ""))
+            except UserError as error:
+                found.append(Found(path.parent, str(error)))
+            except (OSError, ValueError, TypeError):
+                continue
+    return sorted(found, key=lambda item: item.reason != "")
+
+
+def default_folder(lvlm: LVLM) -> Path:
+    """Where calibration puts a model's artifacts, and where they are looked for."""
+    return SHIPPED / lvlm.name.rstrip("/").rpartition("/")[2] / "defenses"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder of artifacts.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        if config["format"] != FORMAT:
+            raise UserError(f"The artifacts in {folder} have format {config['format']}, this version reads {FORMAT}. "
+                            "Calibrate again.")
+        return config | {name: dict(config[name]) for name in ("fingerprint", "files", "settings", "about")}
+    except OSError as error:
+        raise UserError(f"The artifact file {folder / CONFIG} is missing. Restore it or calibrate again.") from error
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The artifacts in {folder} are damaged ({type(error).__name__}: {error}). "
+                        "Restore them or calibrate again.") from error
+
+
+def read_tensors(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
+    """The tensors of one artifact file.
+
+    Raises:
+        UserError: the name is none of ours, the file does not have this sha256, or holds values that are not finite.
+    """
+    path = folder / name
+    if name not in {f"{part}.safetensors" for part in PARTS} or _sha256(path) != digest:
+        raise UserError(f"The artifact file {path} does not match its checksum: it was changed or damaged. "
+                        "Restore it or calibrate again.")
+    tensors = safetensors.torch.load_file(path)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"The artifact file {path} holds values that are not finite in {name!r}. Calibrate again.")
+    return tensors
 
 
 def _compare(folder: Path, expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
@@ -217,84 +237,24 @@ def _compare(folder: Path, expected: Mapping[str, Any], actual: Mapping[str, Any
                         "Load that model, or calibrate for this one.")
 
 
-def _read(path: Path, digest: str) -> dict[str, Tensor]:
-    if "/" in path.name or _sha256(path) != digest:
-        raise UserError(f"The artifact file {path} does not match its checksum: it was changed or damaged. "
-                        "Restore it or calibrate again.")
-    tensors = safetensors.torch.load_file(path)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"The artifact file {path} holds values that are not finite in {name!r}. Calibrate again.")
-    return tensors
+def _assemble(tensors: dict[str, dict[str, Tensor]], config: dict[str, Any], lvlm: LVLM) -> Artifacts:
+    result = Artifacts(about=config["about"])
+    settings = config["settings"]
+    if "sasa" in tensors:
+        result.sasa = SasaArtifact.read(tensors["sasa"], lvlm)
+        result.settings.sasa = Sasa(**settings["sasa"])
+    if "revision" in tensors:
+        result.revision = RevisionArtifact.read(tensors["revision"], lvlm)
+        result.settings.revision = Revision(**settings["revision"])
+    if "sapt" in tensors:
+        result.sapt = SaptArtifact.read(tensors["sapt"], lvlm)
+        result.settings.sapt = Sapt(**settings["sapt"])
+    if "trace" in tensors:
+        result.trace = TraceArtifact.read(tensors["trace"], lvlm, float(config["trace_threshold"]))
+    if "layers" in tensors:
+        result.layers = LayersArtifact.read(tensors["layers"], lvlm)
+    return result
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _to_tensors(artifacts: Artifacts) -> dict[str, dict[str, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    if artifacts.sasa:
-        named = {f"{s}-{f}": probe for (s, f), probe in artifacts.sasa.probes.items()} | {"clean": artifacts.sasa.clean}
-        parts["sasa"] = _probes_to_tensors(named)
-    if artifacts.revision:
-        parts["revision"] = {"accuracy": artifacts.revision.accuracy,
-                             **{f"vector.{k}": v for k, v in artifacts.revision.vectors.items()},
-                             **{f"scale.{k}": v for k, v in artifacts.revision.scales.items()}}
-    if artifacts.sapt:
-        parts["sapt"] = {"soft": artifacts.sapt.soft, **_probes_to_tensors(artifacts.sapt.detectors)}
-    if artifacts.trace:
-        parts["trace"] = _probes_to_tensors({"trace": artifacts.trace.probe})
-    return parts
-
-
-def _probes_to_tensors(probes: Mapping[str, Probe]) -> dict[str, Tensor]:
-    return {f"{name}.{kind}": tensor for name, probe in probes.items()
-            for kind, tensor in (("weight", probe.weight), ("bias", probe.bias))}
-
-
-def _probe(tensors: Mapping[str, Tensor], name: str, features: int, device: torch.device) -> Probe:
-    weight, bias = tensors[f"{name}.weight"].float(), tensors[f"{name}.bias"].float()
-    _shape(name, weight, (features,))
-    return Probe(weight, bias.reshape(())).to(device)
-
-
-def _shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"The artifact tensor {name!r} has shape {tuple(tensor.shape)}, but this model needs {shape}. "
-                        "Calibrate for this model.")
-
-
-def _from_tensors(parts: dict[str, dict[str, Tensor]], config: dict[str, Any], lvlm: LVLM) -> Artifacts:
-    device, vocabulary = lvlm.device, lvlm.vocabulary
-    result = Artifacts(about=config.get("about", {}))
-    if "sasa" in parts:
-        names = [name.removesuffix(".weight") for name in parts["sasa"] if name.endswith(".weight")]
-        probes = {name: _probe(parts["sasa"], name, vocabulary, device) for name in names}
-        clean = probes.pop("clean")
-        pairs = {(int(name.split("-")[0]), int(name.split("-")[1])): probe for name, probe in probes.items()}
-        result.sasa = SasaArtifact(pairs, clean)
-        result.settings.sasa = Sasa(**config["settings"]["sasa"])
-    if "revision" in parts:
-        tensors = parts["revision"]
-        vectors = {k.removeprefix("vector."): v.float() for k, v in tensors.items() if k.startswith("vector.")}
-        scales = {k.removeprefix("scale."): v.float() for k, v in tensors.items() if k.startswith("scale.")}
-        shapes = {"layer": (lvlm.blocks, lvlm.width), "head": (lvlm.blocks, lvlm.heads, lvlm.head_dim)}
-        for level, shape in shapes.items():
-            for kind in ("mms", "pwd"):
-                _shape(f"vector.{level}_{kind}", vectors[f"{level}_{kind}"], shape)
-                _shape(f"scale.{level}_{kind}", scales[f"{level}_{kind}"], shape[:-1])
-        _shape("accuracy", tensors["accuracy"], (lvlm.blocks, lvlm.heads))
-        result.revision = RevisionArtifact(vectors, scales, tensors["accuracy"].float())
-        result.settings.revision = Revision(**config["settings"]["revision"])
-    if "sapt" in parts:
-        soft = parts["sapt"]["soft"].float()
-        _shape("soft", soft, (soft.shape[0], lvlm.width))
-        detectors = {name: _probe(parts["sapt"], name, lvlm.width, device) for name in ("joint", "frozen")
-                     if f"{name}.weight" in parts["sapt"]}
-        result.sapt = SaptArtifact(soft.to(device), detectors)
-        result.settings.sapt = Sapt(**config["settings"]["sapt"])
-    if "trace" in parts:
-        probe = _probe(parts["trace"], "trace", lvlm.width, device)
-        result.trace = TraceArtifact(probe, float(config["trace_threshold"]))
-    return result

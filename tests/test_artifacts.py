@@ -7,8 +7,9 @@ import safetensors.torch
 import torch
 from tiny import random_artifacts, tiny_llava
 
-from safety.artifacts import load_artifacts, save_artifacts
+from safety.artifacts import artifact_folders, load_artifacts, save_artifacts
 from safety.errors import UserError
+from safety.parts import LayersArtifact
 from safety.settings import Lane, Sapt, Sasa
 
 
@@ -82,7 +83,9 @@ def test_infinite_values_and_wrong_shapes_are_refused(lvlm, folder):
     lambda c: c.pop("fingerprint"), lambda c: c.update(files=7), lambda c: c["settings"].update(sapt={"cheese": 1}),
     lambda c: c["settings"]["sapt"].update(threshold="high"), lambda c: c["settings"]["revision"].update(layer=77),
     lambda c: c["settings"].pop("sapt"), lambda c: c.update(format=99),
-    lambda c: c["files"].__setitem__("../../etc/passwd", "0")])
+    lambda c: c["files"].__setitem__("../../etc/passwd", "0"),
+    lambda c: c["files"].__setitem__("./sasa.safetensors", c["files"].pop("sasa.safetensors")),
+    lambda c: c.update(about=["a"]), lambda c: c.update(trace_threshold="high"), lambda c: c.pop("settings")])
 def test_a_tampered_config_is_refused(lvlm, folder, change):
     edit_config(folder, change)
     with pytest.raises(UserError):
@@ -118,3 +121,47 @@ def test_lanes_that_the_artifacts_cannot_serve_are_refused(lvlm):
     artifacts.sasa = None
     with pytest.raises(UserError, match="no artifacts"):
         artifacts.check(Lane("l", sasa=Sasa(1, 3)), lvlm.blocks)
+
+
+def test_probes_of_every_block_are_optional_and_checked(lvlm, folder):
+    assert load_artifacts(lvlm, folder).layers is None
+    artifacts = random_artifacts(lvlm)
+    artifacts.layers = LayersArtifact(torch.randn(6, 64), torch.randn(6), torch.rand(6))
+    save_artifacts(artifacts, lvlm, folder)
+    after = load_artifacts(lvlm, folder).layers
+    assert torch.equal(after.weight, artifacts.layers.weight) and torch.equal(after.auroc, artifacts.layers.auroc)
+    resign(folder, "layers.safetensors", lambda t: t.__setitem__("bias", torch.zeros(7)))
+    with pytest.raises(UserError, match=r"'bias' has shape \(7,\)"):
+        load_artifacts(lvlm, folder)
+
+
+def test_saving_again_removes_parts_that_are_gone_and_leaves_other_files_alone(lvlm, folder):
+    (folder / "curves.png").write_bytes(b"picture")
+    artifacts = random_artifacts(lvlm)
+    artifacts.sapt = artifacts.settings.sapt = None
+    save_artifacts(artifacts, lvlm, folder)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "curves.png", "sasa.safetensors", "revision.safetensors", "trace.safetensors"}
+    assert load_artifacts(lvlm, folder).sapt is None
+
+
+def test_folders_that_fit_come_first_and_the_others_say_why_not(lvlm, tmp_path):
+    save_artifacts(random_artifacts(lvlm), lvlm, tmp_path / "z" / "mine")
+    other = tiny_llava(layers=7)
+    save_artifacts(random_artifacts(other), other, tmp_path / "a")
+    for name in ("broken", "model"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llava"}')
+    first, second = artifact_folders(lvlm, tmp_path)
+    assert (first.folder, first.reason) == (tmp_path / "z" / "mine", "")
+    assert second.folder == tmp_path / "a" and "blocks is 7 there and 6 here" in second.reason
+    assert artifact_folders(lvlm, tmp_path / "z" / "mine") == [first]  # the root itself
+    assert ("miniature", "defenses") in [found.folder.parts[-2:] for found in artifact_folders(lvlm)]
+
+
+def test_without_a_folder_the_usual_place_is_looked_in(lvlm, tmp_path, monkeypatch):
+    monkeypatch.setattr("safety.artifacts.SHIPPED", tmp_path)
+    assert load_artifacts(lvlm).sasa is None
+    save_artifacts(random_artifacts(lvlm), lvlm, tmp_path / "tiny" / "defenses")
+    assert load_artifacts(lvlm).sasa.pairs == [(1, 3), (2, 4)]

@@ -1,0 +1,166 @@
+"""The parts of a model's artifacts: what each defense needs, checked against the model when it is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from safety.detector import Probe
+from safety.errors import UserError
+from safety.lvlm import LVLM
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class SasaArtifact:
+    """probes: {(safety block, fused block): probe on the projected stream's first-token logits [vocabulary]};
+    clean: the same on the clean stream's logits (mode "probe")."""
+
+    probes: dict[tuple[int, int], Probe]
+    clean: Probe
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The (safety, fused) blocks that can be chosen: those with a probe."""
+        return sorted(self.probes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored."""
+        return _probe_tensors({f"{s}-{f}": probe for (s, f), probe in self.probes.items()} | {"clean": self.clean})
+
+    @classmethod
+    def read(cls, tensors: Tensors, lvlm: LVLM) -> "SasaArtifact":
+        """From what was stored; raises UserError where it does not fit the model."""
+        names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+        probes = {name: _read_probe(tensors, name, lvlm.vocabulary, lvlm.device) for name in names}
+        clean = probes.pop("clean")
+        return cls({(int(name.split("-")[0]), int(name.split("-")[1])): probe for name, probe in probes.items()}, clean)
+
+
+@dataclass
+class RevisionArtifact:
+    """vectors: {"layer_mms": [blocks, width], "head_mms": [blocks, heads, head_dim], … "pwd"}, safe minus unsafe;
+    scales: the same keys, [blocks] and [blocks, heads]: standard deviation of the activations along the vector;
+    accuracy: [blocks, heads] of each head's probe on held-out samples."""
+
+    KINDS: ClassVar = ("mms", "pwd")
+
+    vectors: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    accuracy: Tensor
+
+    @property
+    def layers(self) -> list[int]:
+        """The blocks that can be revised."""
+        return list(range(len(self.accuracy)))
+
+    def vector(self, level: str, vector: str, layer: int) -> Tensor:
+        """[width] for level "layer", [heads, head_dim] for level "head"."""
+        return self.vectors[f"{level}_{vector}"][layer]
+
+    def scale(self, level: str, vector: str, layer: int) -> Tensor:
+        """[] for level "layer", [heads] for level "head"."""
+        return self.scales[f"{level}_{vector}"][layer]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored."""
+        return {"accuracy": self.accuracy, **{f"vector.{k}": v for k, v in self.vectors.items()},
+                **{f"scale.{k}": v for k, v in self.scales.items()}}
+
+    @classmethod
+    def read(cls, tensors: Tensors, lvlm: LVLM) -> "RevisionArtifact":
+        """From what was stored; raises UserError where it does not fit the model."""
+        vectors = {k.removeprefix("vector."): v.float() for k, v in tensors.items() if k.startswith("vector.")}
+        scales = {k.removeprefix("scale."): v.float() for k, v in tensors.items() if k.startswith("scale.")}
+        shapes = {"layer": (lvlm.blocks, lvlm.width), "head": (lvlm.blocks, lvlm.heads, lvlm.head_dim)}
+        for level, shape in shapes.items():
+            for kind in cls.KINDS:
+                _check_shape(f"vector.{level}_{kind}", vectors[f"{level}_{kind}"], shape)
+                _check_shape(f"scale.{level}_{kind}", scales[f"{level}_{kind}"], shape[:-1])
+        _check_shape("accuracy", tensors["accuracy"], (lvlm.blocks, lvlm.heads))
+        return cls(vectors, scales, tensors["accuracy"].float())
+
+
+@dataclass
+class SaptArtifact:
+    """soft: fp32 [length, width] soft prompt; detectors: {"joint": probe, "frozen": probe} on [width] states."""
+
+    soft: Tensor
+    detectors: dict[str, Probe]
+
+    @property
+    def length(self) -> int:
+        """Number of soft tokens."""
+        return self.soft.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored."""
+        return {"soft": self.soft, **_probe_tensors(self.detectors)}
+
+    @classmethod
+    def read(cls, tensors: Tensors, lvlm: LVLM) -> "SaptArtifact":
+        """From what was stored; raises UserError where it does not fit the model."""
+        soft = tensors["soft"].float()
+        _check_shape("soft", soft, (soft.shape[0], lvlm.width))
+        return cls(soft.to(lvlm.device), {name: _read_probe(tensors, name, lvlm.width, lvlm.device)
+                                          for name in ("joint", "frozen") if f"{name}.weight" in tensors})
+
+
+@dataclass
+class TraceArtifact:
+    """probe: P(harm) of the post-norm state [width] from which a token is chosen; threshold: where a line is drawn."""
+
+    probe: Probe
+    threshold: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored as tensors; the threshold is a setting."""
+        return _probe_tensors({"trace": self.probe})
+
+    @classmethod
+    def read(cls, tensors: Tensors, lvlm: LVLM, threshold: float) -> "TraceArtifact":
+        """From what was stored; raises UserError where it does not fit the model."""
+        return cls(_read_probe(tensors, "trace", lvlm.width, lvlm.device), threshold)
+
+
+@dataclass
+class LayersArtifact:
+    """One probe for each block, on its output at the last prompt position: weight [blocks, width], bias [blocks];
+    auroc [blocks]: how well each tells harmful from benign on validation samples."""
+
+    weight: Tensor
+    bias: Tensor
+    auroc: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored."""
+        return {"weight": self.weight, "bias": self.bias, "auroc": self.auroc}
+
+    @classmethod
+    def read(cls, tensors: Tensors, lvlm: LVLM) -> "LayersArtifact":
+        """From what was stored; raises UserError where it does not fit the model."""
+        _check_shape("weight", tensors["weight"], (lvlm.blocks, lvlm.width))
+        for name in ("bias", "auroc"):
+            _check_shape(name, tensors[name], (lvlm.blocks,))
+        return cls(*(tensors[name].float().to(lvlm.device) for name in ("weight", "bias", "auroc")))
+
+
+def _probe_tensors(probes: Mapping[str, Probe]) -> dict[str, Tensor]:
+    return {f"{name}.{kind}": tensor for name, probe in probes.items()
+            for kind, tensor in (("weight", probe.weight), ("bias", probe.bias))}
+
+
+def _read_probe(tensors: Tensors, name: str, features: int, device: torch.device) -> Probe:
+    weight, bias = tensors[f"{name}.weight"].float(), tensors[f"{name}.bias"].float()
+    _check_shape(name, weight, (features,))
+    _check_shape(f"{name}.bias", bias.reshape(-1), (1,))
+    return Probe(weight, bias.reshape(())).to(device)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"The artifact tensor {name!r} has shape {tuple(tensor.shape)}, but this model needs {shape}. "
+                        "Calibrate for this model.")
