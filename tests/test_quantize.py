@@ -5,7 +5,7 @@ from tiny import random_artifacts, tiny_llava
 from torch import nn
 
 from safety.engine import Engine
-from safety.quantize import Int8Linear, fast_dtype, quantize_linears
+from safety.quantize import WIDE, Int8Linear, fast_dtype, quantize_linears
 from safety.settings import Lane, Revision, Sapt, Sasa
 
 
@@ -40,3 +40,15 @@ def test_the_fast_dtype_of_a_cpu_is_measured_even_where_there_is_a_gpu(monkeypat
         monkeypatch.setattr("safety.quantize.time.perf_counter", lambda ticks=ticks: next(ticks))
         assert fast_dtype("cpu") == fast
     assert fast_dtype("cuda:1") == torch.bfloat16
+
+
+def test_a_vocabulary_wide_layer_gives_the_same_with_and_without_onednn(monkeypatch):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, WIDE, bias=False), torch.randn(5, 64) * torch.tensor([[0], [1e-3], [1], [7], [1e3]])
+    packed = Int8Linear(linear)
+    monkeypatch.setattr("safety.quantize.onednn_is_exact", lambda: False)
+    plain = Int8Linear(linear)
+    assert not plain.packed
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), plain(x), rtol=1e-6, atol=1e-6)
+        assert torch.equal(packed(x)[3], packed(x[3]))
