@@ -116,6 +116,8 @@ class Engine:
             if cancel.is_set():
                 return
         try:
+            if self.lvlm.closed:
+                raise UserError(f"{self.lvlm.name} has just been replaced by another model. Run it again.")
             yield from _Run(self.lvlm, self.artifacts, lanes, max_new_tokens, sampling).steps(inputs, cancel)
         finally:
             self.lvlm.lock.release()
@@ -324,7 +326,7 @@ class _Run:
             return
         self.rows = [self.rows[number] for number in alive]
         if alive:
-            index = torch.tensor(alive, device=self.lvlm.device)
+            index = torch.tensor(alive)  # on the CPU: the cache of a model may be spread over several GPUs
             self.cache.batch_select_indices(index)
             self.mask = self.mask[index]
 

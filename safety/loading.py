@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 
 def load(name: str = MINIATURE, quantization: str | None = None, revision: str | None = None,
-         progress: Progress = lambda message: None) -> LVLM:
+         progress: Progress = lambda message: None, replaced: LVLM | None = None) -> LVLM:
     """Load an LVLM by name: the miniature, a Hugging Face hub id or a folder.
 
     Weights are read from safetensors only, and code that comes with a model is never run.
@@ -34,6 +34,7 @@ def load(name: str = MINIATURE, quantization: str | None = None, revision: str |
         quantization: "none" (fp32), "bf16", "int8", "nf4"; None takes what is fastest here among what fits.
         revision: branch, tag or commit on the Hub.
         progress: called with a sentence at each stage and while downloading.
+        replaced: a loaded model that makes room: it is closed, as late as possible, if there is not room for both.
 
     Raises:
         UserError: unknown quantization or model, nothing to load it from, or not enough memory; says what to do.
@@ -48,7 +49,7 @@ def load(name: str = MINIATURE, quantization: str | None = None, revision: str |
         return _load_miniature(quantization, device, progress)
     if local:
         folder = Path(name).resolve()
-        model, processor, chosen = _load_folder(folder, folder.name, quantization, device, progress)
+        model, processor, chosen = _load_folder(folder, folder.name, quantization, device, progress, replaced)
         return LVLM(folder.name, model, processor, chosen, _digest(folder), str(folder))
     if name.startswith((".", "/", "~")):
         raise UserError(f"There is no folder {name}.")
@@ -56,7 +57,7 @@ def load(name: str = MINIATURE, quantization: str | None = None, revision: str |
         name, _, revision = name.rpartition("@")
     progress(f"Looking {name} up …")
     folder = hub.fetch_description(name, revision)
-    model, processor, chosen = _load_folder(folder, name, quantization, device, progress,
+    model, processor, chosen = _load_folder(folder, name, quantization, device, progress, replaced,
                                             lambda: hub.fetch_weights(name, folder, progress))
     return LVLM(name, model, processor, chosen, folder.name, f"{name}@{folder.name}")
 
@@ -79,46 +80,70 @@ def _load_miniature(quantization: str | None, device: str, progress: Progress) -
     return LVLM(MINIATURE, model, processor, quantization, revision, MINIATURE)
 
 
-def _load_folder(folder: Path, name: str, wanted: str | None, device: str, progress: Progress,
+def _load_folder(folder: Path, name: str, wanted: str | None, device: str, progress: Progress, replaced: LVLM | None,
                  fetch_weights: Callable[[], None] = lambda: None) -> tuple[Any, Any, str]:
-    """(model, processor, number format) from a model folder; the weights are fetched once they are known to fit."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    """(model, processor, number format) from a model folder.
+
+    What can go wrong is tried in order of cost: weights are fetched when everything else is known to be right, and
+    the model that is to be replaced is closed after that.
+    """
     config = _read_config(folder, name)
     shapes = _shapes(config, name)
+    processor = _read_processor(folder, name)
     compute = fast_dtype(device)
     stored = _stored_quantization(config, name, wanted)
     preferred = (stored,) if stored else _preferred(device, compute)
-    needs, free = memory.need(shapes, device, compute), memory.free_memory(device)
-    chosen = memory.choose(name, wanted, preferred, needs, device, free)
+    needs, room = memory.need(shapes, device, compute), memory.free_memory(device)
+    if replaced:
+        room = [free + held for free, held in zip(room, memory.held(replaced.model, device), strict=True)]
+    chosen = memory.choose(name, wanted, preferred, needs, device, room)
     if chosen in ("int8", "nf4") and not _has_bitsandbytes():
         raise UserError(f"{chosen} needs bitsandbytes: pip install bitsandbytes. Or use --quantization bf16 or none.")
-    arguments = memory.placement(needs.of(chosen), device, free)
+    fetch_weights()
+    _check_weight_files(folder, name)
+    if replaced and not memory.fits(needs.of(chosen), memory.free_memory(device)):
+        progress(f"Making room for {name} …")
+        with replaced.lock:
+            replaced.close()
+        memory.give_back()
+    progress(f"Loading {name} in {chosen} (about {needs.of(chosen) / memory.GB:.1f} GB) …")
+    arguments = memory.placement(needs.of(chosen), device, memory.free_memory(device))
     arguments["dtype"] = {"none": torch.float32, "bf16": torch.bfloat16}.get(chosen, compute)
     if not stored and chosen in ("int8", "nf4"):
         arguments["quantization_config"] = _quantization_config(chosen, compute, shapes)
+    return _read_model(folder, name, arguments), processor, chosen
 
-    fetch_weights()
-    _check_weight_files(folder, name)
-    progress(f"Loading {name} in {chosen} (about {needs.of(chosen) / memory.GB:.1f} GB) …")
+
+def _read_processor(folder: Path, name: str) -> Any:
+    from transformers import AutoProcessor
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged and foreign files make the readers raise anything
+        raise UserError(f"The processor of {name} could not be loaded ({_first_line(error)}). Fetch the model again, "
+                        f"or choose another, such as {EXAMPLE}.") from error
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+        raise UserError(f"{name} has no processor with a chat template, so it cannot be asked anything. Choose a model "
+                        f"that was tuned to chat, such as {EXAMPLE}.")
+    return processor
+
+
+def _read_model(folder: Path, name: str, arguments: dict[str, Any]) -> Any:
+    from transformers import AutoModelForImageTextToText
+    try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **arguments)
         model, info = loaded
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(f"The memory ran out while {name} was loaded. Free some, or use a smaller --quantization or "
                         "model.") from error
-    except Exception as error:  # damaged and foreign files make the readers raise anything
+    except Exception as error:  # as above
         raise UserError(f"{name} could not be loaded ({_first_line(error)}). Fetch it again, or choose another model, "
                         f"such as {EXAMPLE}.") from error
     if info["missing_keys"]:
         raise UserError(f"{name} is incomplete: it has no weights for {sorted(info['missing_keys'])[0]!r}. "
                         "Fetch it again, or choose another model.")
-    if not getattr(processor, "tokenizer", None) or not (getattr(processor, "chat_template", None)
-                                                         or processor.tokenizer.chat_template):
-        raise UserError(f"{name} has no processor with a chat template, so it cannot be asked anything. Choose a model "
-                        f"that was tuned to chat, such as {EXAMPLE}.")
-    return model, processor, chosen
+    return model
 
 
 def _read_config(folder: Path, name: str) -> Any:

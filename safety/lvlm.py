@@ -65,13 +65,9 @@ class LVLM:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
-        self.model.eval()
+        self.open(self.model)
         self.tokenizer = self.processor.tokenizer
         self.config = self.model.config.get_text_config()
-        self.decoder = self.model.get_decoder()
-        self.layers: Any = self.decoder.layers
-        self.embed: Any = self.model.get_input_embeddings()
-        self.lm_head: Any = self.model.get_output_embeddings()
         self.blocks: int = self.config.num_hidden_layers
         self.width: int = self.config.hidden_size
         self.heads: int = self.config.num_attention_heads
@@ -83,7 +79,6 @@ class LVLM:
         # DeepStack models (Qwen3-VL) add image features behind their first blocks: SASA cannot re-run those alone.
         vision = getattr(self.model.config, "vision_config", None)
         self.deepstack: int = len(getattr(vision, "deepstack_visual_indexes", None) or [])
-        self.device = self.embed.weight.device  # inputs go here; accelerate carries states to the other devices
         dtype = str(self.embed.weight.dtype).rpartition(".")[2]
         self.number_format: str = self.quantization if self.quantization != "none" else dtype
         eos = self.model.generation_config.eos_token_id
@@ -98,13 +93,22 @@ class LVLM:
         """For people: model, number format and device."""
         return f"{self.name} · {self.number_format} · {self.device.type}"
 
+    def open(self, model: Any) -> None:
+        """Take a model's parts into use: when it is new, or loaded again after `close`."""
+        self.model = model.eval()
+        self.decoder: Any = model.get_decoder()
+        self.layers: Any = self.decoder.layers
+        self.embed: Any = model.get_input_embeddings()
+        self.lm_head: Any = model.get_output_embeddings()
+        self.device = self.embed.weight.device  # inputs go here; accelerate carries states to the other devices
+
     @property
     def closed(self) -> bool:
         """Has the model been let go of?"""
         return self.model is None
 
     def close(self) -> None:
-        """Let go of the model, so that its memory can be freed. The caller holds `lock`; nothing runs here again."""
+        """Let go of the model, so that its memory can be freed. The caller holds `lock`; nothing runs until `open`."""
         self.model = self.decoder = self.layers = self.embed = self.lm_head = None
 
     def attention_output(self, block: int) -> Any:
@@ -175,10 +179,9 @@ class LVLM:
             states = self.layers[block](states, **{**trunk.block_kwargs[block], "past_key_values": cache})
         return self.decoder.norm(states[:, -1:])[0, 0]
 
-    @torch.inference_mode()
     def decode(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """One decoder step. embeds [rows, q, width], mask [rows, cached + q] (1 = visible), positions [rows, q];
-        returns post-norm states [rows, q, width] and extends `cache` by q columns."""
+        returns post-norm states [rows, q, width] and extends `cache` by q columns. Gradients pass through."""
         masks = self._windowed(mask, embeds) if self.window and mask.shape[1] > self.window else mask
         return self.decoder(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, past_key_values=cache,
                             use_cache=True).last_hidden_state

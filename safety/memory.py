@@ -1,5 +1,6 @@
 """How much memory a model needs in each number format, how much is free, and where the model goes."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,27 @@ def free_memory(device: str) -> list[int]:
     return [free]
 
 
+def held(model: Any, device: str) -> list[int]:
+    """Bytes that a loaded model holds on every GPU, or one figure for the CPU."""
+    sizes = [0] * (torch.cuda.device_count() if device == "cuda" else 1)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == device:
+            sizes[tensor.device.index or 0] += tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def give_back() -> None:
+    """Hand memory that nothing refers to any more back to the device."""
+    gc.collect()  # hooks and modules refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fits(size: int, free: Sequence[int]) -> bool:
+    """Can a model of this size be placed?"""
+    return size <= _room(free)
+
+
 def choose(name: str, wanted: str | None, preferred: Sequence[str], needs: Need, device: str,
            free: Sequence[int]) -> str:
     """The number format to load in: the wanted one, or the first of `preferred` that fits.
@@ -89,15 +111,14 @@ def choose(name: str, wanted: str | None, preferred: Sequence[str], needs: Need,
     Raises:
         UserError: what is wanted, or everything, needs more than is free; names what would fit.
     """
-    room = _room(free)
-    fitting = [quantization for quantization in preferred if needs.of(quantization) <= room]
+    fitting = [quantization for quantization in preferred if fits(needs.of(quantization), free)]
     if wanted is None and fitting:
         return fitting[0]
-    if wanted is not None and needs.of(wanted) <= room:
+    if wanted is not None and fits(needs.of(wanted), free):
         return wanted
     refused = wanted or preferred[0]
     place = "on the CPU" if device == "cpu" else "on the GPU" if len(free) == 1 else f"on {len(free)} GPUs"
-    facts = f"{name} needs about {_gb(needs.of(refused))} in {refused}, and {_gb(room)} are free {place}"
+    facts = f"{name} needs about {_gb(needs.of(refused))} in {refused}, and {_gb(_room(free))} are free {place}"
     if fitting:
         raise UserError(f"{facts}; {fitting[0]} needs about {_gb(needs.of(fitting[0]))}: "
                         f"use --quantization {fitting[0]}.")
@@ -111,7 +132,7 @@ def placement(bytes_needed: int, device: str, free: Sequence[int]) -> dict[str, 
     if device == "cpu":
         return {"device_map": {"": "cpu"}}
     emptiest = max(range(len(free)), key=lambda index: free[index])
-    if bytes_needed <= free[emptiest]:
+    if bytes_needed <= free[emptiest] or len(free) == 1:
         return {"device_map": {"": emptiest}}
     return {"device_map": "auto", "max_memory": {index: int(size * 0.9) for index, size in enumerate(free)}}
 

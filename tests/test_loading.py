@@ -165,7 +165,7 @@ def config_only(folder, config):
     (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
      "incomplete: model-2.safetensors is missing"),
     (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "index.json is damaged"),
-    (lambda f: (f / "tokenizer.json").write_text("{"), "could not be loaded"),
+    (lambda f: (f / "tokenizer.json").write_text("{"), "The processor of model could not be loaded"),
     (lambda f: (f / "chat_template.jinja").unlink(), "no processor with a chat template"),
 ])
 def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(copy, damage, message):
