@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from safety.artifacts import Artifacts
-from safety.calibrate.activations import append_ids
 from safety.defenses.revision import delta
 from safety.lvlm import LVLM
 from safety.settings import Lane
@@ -120,3 +119,14 @@ class Oracle:
                 break
             parts.append(self.lvlm.embed(torch.tensor([[token]])))
         return self
+
+
+def append_ids(inputs: dict[str, Tensor], ids: list[int]) -> dict[str, Tensor]:
+    """The same inputs with text tokens behind the prompt; per-token tensors other than masks get zeros."""
+    if not ids:
+        return inputs
+    prompt = inputs["input_ids"]
+    more = torch.tensor([ids], device=prompt.device)
+    fill = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    return {name: torch.cat([tensor, fill.get(name, torch.zeros_like(more)).to(tensor.dtype)], 1)
+            if tensor.shape == prompt.shape else tensor for name, tensor in inputs.items()}

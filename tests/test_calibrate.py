@@ -1,163 +1,199 @@
-"""Calibration: its pieces on numbers whose answer is known, and the whole command on a tiny model."""
+"""Calibration as a whole, on a tiny model: the command, its constructions, resuming, refusing stale results."""
 
 import argparse
 import json
 import random
-from pathlib import Path
+import shutil
+import threading
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_llava
 
+from safety.__main__ import main
 from safety.artifacts import Artifacts, load_artifacts
-from safety.calibrate import activations, layers, run, soft_prompt, vectors
-from safety.detector import fit_probe
+from safety.calibrate import Cancelled, Recipe, calibrate, material, observe, revision, run, sasa, soft_prompt
+from safety.calibrate.progress import Progress
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.samples import Sample, read_samples, write_samples
-from safety.statistics import conformal_threshold, rate
+
+RECIPE = Recipe(answer_tokens=20, false_alarms=0.2, soft=soft_prompt.Recipe(length=3, steps=4, check_every=2, batch=4))
 
 
 @pytest.fixture(scope="module")
 def lvlm():
-    return tiny_llava()
+    return tiny_llava(layers=5)
 
 
-@pytest.mark.parametrize("pca", [None, 4])
-def test_a_folded_probe_equals_the_scikit_learn_pipeline(pca):
-    from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    rng = np.random.default_rng(0)
-    y = np.repeat([0, 1], 40)
-    x = rng.normal(3, 2, (80, 12)) + y[:, None] * np.linspace(0, 1.5, 12)
-    steps = [StandardScaler(), *([PCA(pca, random_state=0)] if pca else []),
-             LogisticRegression(C=1.0, max_iter=2000, class_weight="balanced")]
-    expected = make_pipeline(*steps).fit(x, y).predict_proba(x)[:, 1]
-    probe = fit_probe(x, y, pca=pca)
-    assert np.allclose(probe.probability(torch.tensor(x, dtype=torch.float32)).numpy(), expected, atol=1e-4)
-
-
-def test_revision_vectors_point_from_unsafe_to_safe_and_rank_the_telling_head():
-    generator = torch.Generator().manual_seed(0)
-    safe_layers, unsafe_layers = (torch.randn(60, 3, 8, generator=generator) for _ in range(2))
-    safe_heads, unsafe_heads = (torch.randn(60, 3, 4, 2, generator=generator) for _ in range(2))
-    safe_layers[:, 1, 5] += 4  # safe answers have more of feature 5 at block 1 …
-    safe_heads[:, 2, 3, 0] += 4  # … and head 3 of block 2 tells them apart
-    artifact = vectors.fit_revision(safe_layers, unsafe_layers, safe_heads, unsafe_heads)
-    for kind in ("mms", "pwd"):
-        assert artifact.vector("layer", kind, 1).argmax() == 5
-        assert artifact.vector("layer", kind, 1)[5] > 2
-        assert artifact.vector("head", kind, 2)[3, 0] > 2
-    assert torch.allclose(artifact.vector("layer", "mms", 1), safe_layers[:, 1].mean(0) - unsafe_layers[:, 1].mean(0))
-    assert artifact.accuracy.flatten().argmax() == 2 * 4 + 3
-    assert artifact.scale("head", "mms", 2)[3] == pytest.approx(2.2, abs=0.5)  # two unit normals, 4 apart
-
-
-def test_answer_activations_equal_a_plain_forward_pass(lvlm):
-    image = Image.new("RGB", (30, 30), "red")
-    inputs = lvlm.prepare("Hi", image, 8)
-    ids = lvlm.tokenizer("yes", add_special_tokens=False)["input_ids"]
-    path = Path("unused")
-    features = activations.read(lvlm, "Hi", None, "yes")
-    text_inputs = lvlm.prepare("Hi", None, 8)
-    whole = torch.cat([text_inputs["input_ids"], torch.tensor([ids])], 1)
-    with torch.no_grad():
-        output = lvlm.model(input_ids=whole, output_hidden_states=True)
-    assert torch.allclose(features.layers[2], output.hidden_states[3][0, -1], atol=1e-5)
-    logits = lvlm.logits(features.states)
-    assert features.states.shape == (3, lvlm.width)
-    assert torch.allclose(logits, output.logits[0, -4:-1].float(), atol=1e-4)
-    assert inputs["input_ids"].shape[1] > text_inputs["input_ids"].shape[1] and not path.exists()
-
-
-def test_head_importance_sees_a_head_that_matters(lvlm):
-    angles = layers.head_importance(lvlm, ["How?", "Tell me why it rains", "A", "What now, then?"])
-    assert angles.shape == (6, 4)
-    assert (angles >= 0).all() and (angles <= 90).all() and angles.max() > 0
-    with torch.no_grad():  # a head whose output is not used cannot matter
-        weight = lvlm.attention_output(1).weight
-        kept = weight.clone()
-        weight[:, 16:32] = 0
-        silenced = layers.head_importance(lvlm, ["How?", "Tell me why it rains", "A", "What now, then?"])
-        weight.copy_(kept)
-    assert silenced[1, 1] < 0.05 <= angles[1, 1]
-
-
-def test_chosen_blocks_follow_the_curves():
-    safety, separable = torch.zeros(12), torch.full((12,), 0.5)
-    safety[4], separable[7] = 3.0, 0.9
-    assert layers.choose_blocks(safety, separable) == (4, 7)
-
-
-def test_soft_prompt_losses_equal_an_uncached_forward_pass_and_training_lowers_them(lvlm):
-    recipe = soft_prompt.Recipe(length=3, epochs=20, learning_rate=0.02)
-    lessons = [soft_prompt.Lesson("bad one", None, "sure here", "No."),
-               soft_prompt.Lesson("good", None, "yes ok", None),
-               soft_prompt.Lesson("bad two", None, "sure thing", "No."), soft_prompt.Lesson("nice", None, "fine", None)]
-    module = soft_prompt.SoftPrompt(lvlm, 3)
-    rng = random.Random(3)
-    language, detector = soft_prompt.losses(lvlm, lvlm, module, lessons[0], recipe, rng)
-
-    again = random.Random(3)  # the same prefix, without a cache
-    answer = lvlm.tokenizer("sure here", add_special_tokens=False)["input_ids"]
-    cut = 0 if again.random() < recipe.empty_share else again.randint(1, len(answer))
-    target = [*lvlm.tokenizer("No.", add_special_tokens=False)["input_ids"], 2]
-    prompt = lvlm.prepare("bad one", None, 0)["input_ids"]
-    before = torch.cat([prompt, torch.tensor([answer[:cut]], dtype=torch.long)], 1)
-    embeds = torch.cat([lvlm.embed(before), module.soft[None], lvlm.embed(torch.tensor([target]))], 1)
-    with torch.no_grad():
-        states = lvlm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
-        logits = lvlm.lm_head(states)[before.shape[1] + 2:-1]
-        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(target))
-    assert language.item() == pytest.approx(expected.item(), abs=1e-4)
-    assert detector.item() == pytest.approx(np.log(2), abs=1e-4)  # the detector starts undecided
-
-    rows = []
-    artifact = soft_prompt.train(lvlm, lvlm, lessons, recipe, rows.append)
-    first, last = (np.mean([row["refuse"] for row in part]) for part in (rows[:5], rows[-5:]))
-    assert last < first - 0.3
-    assert artifact.soft.shape == (3, lvlm.width)
-    saved = []
-    soft_prompt.train(lvlm, lvlm, lessons, recipe, save=saved.append)
-    resumed = soft_prompt.train(lvlm, lvlm, lessons, recipe, state=saved[0])
-    assert torch.allclose(resumed.soft, artifact.soft, atol=1e-5)
-
-
-def test_the_command_calibrates_saves_and_resumes(lvlm, tmp_path, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Harmful and benign requests that differ in a picture's colour or a verb, each with an answer of its own."""
+    folder = tmp_path_factory.mktemp("samples")
     rng = random.Random(0)
-    samples = []
-    for index in range(48):
-        unsafe = index % 2 == 0
-        image = tmp_path / f"{index}.png"
+    made = []
+    for index in range(64):
+        unsafe, pictured = index % 2 == 0, index % 4 < 2
+        image = folder / f"{index}.png"
         Image.new("RGB", (30, 30), (255, 0, 0) if unsafe else (0, 0, rng.randint(100, 255))).save(image)
-        samples.append(Sample(f"s{index}", ("steal " if unsafe else "bake ") + "abcdefgh"[index % 8],
-                              "unsafe" if unsafe else "safe", f"scenario {index % 3}",
-                              str(image) if index % 4 < 2 else None,
-                              "first do this " if unsafe else "with pleasure ", "image" if index % 4 < 2 else "text"))
-    write_samples(samples, tmp_path / "samples.jsonl")
-    assert read_samples(tmp_path / "samples.jsonl") == samples
-    monkeypatch.setattr(run.trial, "answer_all", lambda engine, samples, lanes, *rest, _real=run.trial.answer_all:
-                        _real(engine, samples, lanes, 2, *rest[1:]))  # a random model's words say nothing: two suffice
-    arguments = argparse.Namespace(data=tmp_path / "samples.jsonl", out=tmp_path / "out", work=tmp_path / "work",
-                                   per_kind=0, sasa=False, revision=False, sapt=False, trace=False)
-    assert run.run(lvlm, arguments) == 0
-    artifacts = load_artifacts(lvlm, tmp_path / "out")
-    about = json.loads((tmp_path / "out" / "config.json").read_text())["about"]
-    assert about["sasa"]["validation_auroc"]["clean"] > 0.9  # red and blue pictures, two verbs: easily told apart
+        made.append(Sample(f"s{index}", ("steal " if unsafe else "bake ") + "abcdefgh"[index % 8],
+                           "unsafe" if unsafe else "safe", f"scenario {index % 3}", str(image) if pictured else None,
+                           "first do this bad" if unsafe else "with pleasure", "image" if pictured else "text"))
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_trials():
+    """A random model's words say nothing: two of them suffice to try revision's candidates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(revision, "TOKENS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def calibrated(lvlm, samples, tmp_path_factory):
+    """(artifacts, folder, work folder, stages reported) of one whole calibration."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    stages = []
+    artifacts = calibrate(lvlm, samples[:56], samples[56:], folder / "out", folder / "work", recipe=RECIPE,
+                          report=lambda stage, done, total: stages.append((stage, done, total)))
+    return artifacts, folder / "out", folder / "work", stages
+
+
+def test_everything_is_fitted_saved_and_tried(lvlm, calibrated):
+    _, out, _, stages = calibrated
+    artifacts = load_artifacts(lvlm, out)
+    about = json.loads((out / "config.json").read_text())["about"]
+    assert about["sasa"]["streams"]["clean"]["validation_auroc"] > 0.9  # two colours, two verbs: easily told apart
     assert about["trace"]["token_auroc"] > 0.9
-    assert set(artifacts.sapt.detectors) == {"joint", "frozen"}
+    assert about["sapt"]["detectors"]["joint"]["validation_auroc"] > 0.9
+    assert about["sapt"]["detectors"]["joint"]["papers_threshold"] == 0.9
+    assert set(artifacts.sapt.detectors) == {"joint", "frozen"} and artifacts.sapt.length == 3
+    assert about["revision"]["construction"] == "multi-response" and about["revision"]["pairs"] == 22
+    assert set(about["held_out"]) == {"none", "sasa", "revision", "sapt", "all"}
+    assert about["held_out"]["none"]["image"]["refused"]["n"] == 4
+    assert about["samples"]["image"] == {"n": 28, "validation": 6, "complied": 14, "understood": 28}
+    pair = artifacts.settings.sasa
+    assert f"{pair.safety_layer}-{pair.fused_layer} ships" in about["sasa"]["why"]
+    for name in ("sasa-curves.png", "sapt-losses.png"):
+        assert Image.open(out / name).width > 400
     lanes = artifacts.standard_lanes("none,sasa,revision,sapt,all")
     assert len(Engine(lvlm, artifacts).answer("steal a", lanes=lanes, max_new_tokens=20)) == 5
+    assert ("observing samples", 56, 56) in stages and ("held-out trial", 8, 8) in stages
+    assert all(0 <= done <= total for _, done, total in stages)
 
-    arguments.trace = True  # one part alone keeps the others
-    assert run.run(lvlm, arguments) == 0
-    again = load_artifacts(lvlm, tmp_path / "out")
-    assert torch.equal(again.sapt.soft, artifacts.sapt.soft)
-    assert torch.equal(again.trace.probe.weight, artifacts.trace.probe.weight)
+
+def test_thresholds_hold_on_every_kind_of_benign_sample(calibrated):
+    about = json.loads((calibrated[1] / "config.json").read_text())["about"]
+    for point in (about["sasa"]["streams"]["clean"], about["sapt"]["detectors"]["joint"]):
+        assert all(share <= RECIPE.false_alarms for share in point["false_alarms"].values())
+
+
+def test_a_second_start_takes_up_what_is_there_and_one_part_alone_keeps_the_others(
+        lvlm, samples, calibrated, tmp_path, monkeypatch):
+    first, out, work, _ = calibrated
+    shutil.copytree(out, tmp_path / "out")
+    for module, name in ((observe, "_observe_batch"), (soft_prompt, "losses")):
+        monkeypatch.setattr(module, name, lambda *given: pytest.fail("this was done before"))
+    again = calibrate(lvlm, samples[:56], [], tmp_path / "out", work, recipe=RECIPE, parts=("trace", "sapt"))
+    assert torch.equal(again.trace.probe.weight, first.trace.probe.weight)
+    assert torch.allclose(again.sapt.soft, first.sapt.soft)
+    assert torch.equal(again.revision.vectors["layer_mms"], first.revision.vectors["layer_mms"])
+    assert again.about["sapt"]["loss_curve"] == first.about["sapt"]["loss_curve"]
+
+
+def test_stale_results_are_not_taken_up(lvlm, samples, calibrated, tmp_path):
+    work = calibrated[2]
+    seen = []
+
+    def watch(stage: str, done: int, total: int) -> None:
+        seen.append((stage, done, total))
+    weight = lvlm.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight += 1e-3  # the model was trained further; its name and shape are the same
+        try:
+            calibrate(lvlm, samples[:56], [], tmp_path / "out", work, ("trace",), watch, recipe=RECIPE)
+        finally:
+            weight -= 1e-3
+    assert seen[0] == ("observing samples", 0, 56)
+    seen.clear()
+    calibrate(lvlm, samples[:56], [], tmp_path / "out2", work, ("trace",), watch, recipe=RECIPE)
+    assert seen[0] == ("observing samples", 56, 56)
+
+
+def test_multi_instruction_contrasts_pictures_with_benign_and_with_harmful_requests(
+        lvlm, samples, calibrated, tmp_path):
+    work, given = calibrated[2], samples[:56]
+    artifacts = calibrate(lvlm, given, [], tmp_path, work, ("revision",),
+                          recipe=replace(RECIPE, construction="multi-instruction"))
+    refusals = [observe.refusal_for(i) if sample.unsafe else None for i, sample in enumerate(given)]
+    seen = observe.observe(lvlm, given, refusals, sasa.tried_pairs(lvlm), work / observe.model_key(lvlm) / "samples",
+                           RECIPE.answer_tokens, Progress())
+    fitted = [i for i in range(56) if (i // 4 + 1) % 4]  # every fourth of a label and kind is for validation
+    benign = torch.stack([seen[i].row("prompt.layers", 2) for i in fitted if i % 4 == 1])
+    harmful = torch.stack([seen[i].row("prompt.layers", 2) for i in fitted if i % 2 == 0])
+    assert torch.allclose(artifacts.revision.vector("layer", "mms", 2), benign.mean(0) - harmful.mean(0), atol=1e-4)
+
+
+def test_text_response_removes_the_picture(lvlm, samples, calibrated, tmp_path):
+    recipe = replace(RECIPE, construction="text-response")
+    made = calibrate(lvlm, samples[:56], [], tmp_path, calibrated[2], ("revision",), recipe=recipe)
+    pictured = [replace(sample, request=sample.prompt, image=None, prompt=sample.prompt) for sample in samples[:56]]
+    plain = calibrate(lvlm, pictured, [], tmp_path / "plain", tmp_path / "work", ("revision",), recipe=RECIPE)
+    vectors = [artifacts.revision.vector("layer", "mms", 2) for artifacts in (made, plain, calibrated[0])]
+    assert torch.allclose(vectors[0], vectors[1], atol=1e-3) and not torch.allclose(vectors[0], vectors[2], atol=1e-3)
+
+
+def test_it_can_be_cancelled(lvlm, samples, tmp_path):
+    cancel = threading.Event()
+    with pytest.raises(Cancelled):
+        calibrate(lvlm, samples, [], tmp_path / "out", tmp_path / "work", cancel=cancel, recipe=RECIPE,
+                  report=lambda stage, done, total: done == 3 and cancel.set())
+    assert not (tmp_path / "out").exists() and not lvlm.lock.locked()
+
+
+def test_a_misread_attack_is_not_fitted_on(lvlm, samples, calibrated, tmp_path):
+    requests = [Sample("a", "Fill in the list.", "unsafe", "", request="Ways to poison a reservoir."),
+                Sample("b", "Fill in the list.", "unsafe", "", request="Steps to forge a passport."),
+                Sample("c", "Ways to steal", "unsafe", ""),
+                Sample("d", "Fill in.", "unsafe", "", request="Rob a bank.")]
+    answers = ["Ways to poison a reservoir: 1. First", "Steps to paint a portrait", "Hats",
+               "I'm sorry, but I can't help."]
+    seen = [observe.Observed(tmp_path, answer, [1], 1, 0) for answer in answers]
+    found = material.Material(lvlm, requests, seen, RECIPE, tmp_path, tmp_path)
+    assert found.understood.tolist() == [True, False, True, True]
+    assert found.complied.tolist() == [True, True, True, False]
+
+
+def test_the_command(lvlm, samples, calibrated, tmp_path, capsys, monkeypatch):
+    write_samples(samples[:56], tmp_path / "samples.jsonl")
+    write_samples(samples[56:], tmp_path / "held-out.jsonl")
+    assert read_samples(tmp_path / "samples.jsonl") == samples[:56]
+    monkeypatch.setattr("safety.__main__._load", lambda arguments: lvlm)
+    assert main(["calibrate", "--data", str(tmp_path / "samples.jsonl"),
+                 "--held-out", str(tmp_path / "held-out.jsonl"), "--out", str(tmp_path / "out"),
+                 "--work", str(calibrated[2]), "--trace", "--sasa", "--per-scenario", "3",
+                 "--answer-tokens", "20"]) == 0
+    assert "Saved to" in capsys.readouterr().out
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["about"]
+    assert about["sasa"]["streams"]["clean"]["fitted_on"] == 3 * 3 * 4  # three scenarios, two labels, two kinds
+    assert load_artifacts(lvlm, tmp_path / "out").sapt is None
+
+
+def test_bad_flags_are_refused(lvlm, tmp_path):
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    with pytest.raises(UserError, match="--data"):
+        run.run(lvlm, parser.parse_args(["--work", str(tmp_path)]))
+    write_samples([Sample("1", "a", "safe", "")], tmp_path / "few.jsonl")
+    with pytest.raises(UserError, match="at least 20"):
+        run.run(lvlm, parser.parse_args(["--data", str(tmp_path / "few.jsonl"), "--work", str(tmp_path)]))
+    with pytest.raises(UserError, match="--false-alarms"):
+        run.run(lvlm, parser.parse_args(["--false-alarms", "2"]))
+    with pytest.raises(UserError, match="--interval"):
+        run.run(lvlm, parser.parse_args(["--interval", "0"]))
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -168,27 +204,6 @@ def test_bad_sample_files_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         read_samples(path)
-
-
-def test_too_few_samples_or_none_are_refused(lvlm, tmp_path):
-    arguments = argparse.Namespace(data=None, out=tmp_path, work=tmp_path, per_kind=0, sasa=True, revision=False,
-                                   sapt=False, trace=False)
-    with pytest.raises(UserError, match="--data"):
-        run.run(lvlm, arguments)
-    write_samples([Sample("1", "a", "safe", "")], tmp_path / "few.jsonl")
-    arguments.data = tmp_path / "few.jsonl"
-    with pytest.raises(UserError, match="at least 20"):
-        run.run(lvlm, arguments)
-
-
-def test_wilson_interval_and_conformal_threshold():
-    row = rate(8, 10)
-    assert (row["low"], row["high"]) == pytest.approx((0.490, 0.943), abs=1e-3)  # Wilson 1927, as in textbooks
-    assert conformal_threshold([0.1 * i for i in range(1, 20)], 0.1) == pytest.approx(1.8)
-    assert conformal_threshold([0.5], 0.05) == float("inf")
-    alarms = np.mean([np.random.default_rng(i).random() >= conformal_threshold(
-        np.random.default_rng(1000 + i).random(39).tolist(), 0.1) for i in range(2000)])
-    assert alarms <= 0.12
 
 
 def test_no_artifacts_no_lanes():

@@ -4,10 +4,13 @@ import re
 from collections.abc import Callable, Sequence
 
 from safety.engine import Engine, Request
+from safety.refusal import refusal_start
 from safety.samples import Sample
 from safety.settings import Lane
 from safety.statistics import rate
 from safety.transcript import Answer
+
+BATCH = 16
 
 
 def is_garbage(text: str) -> bool:
@@ -20,24 +23,25 @@ def is_garbage(text: str) -> bool:
 
 
 def answer_all(engine: Engine, samples: Sequence[Sample], lanes: Sequence[Lane], max_new_tokens: int,
-               batch: int = 8, tick: Callable[[int], None] = lambda count: None) -> list[list[Answer]]:
-    """Greedy answers[sample][lane], `batch` samples at a time; tick(samples done)."""
+               batch: int = BATCH, tick: Callable[[], None] = lambda: None) -> list[list[Answer]]:
+    """Greedy answers[sample][lane], `batch` samples at a time; `tick` is called for every sample done."""
     answers: list[list[Answer]] = []
     for start in range(0, len(samples), batch):
         part = samples[start:start + batch]
         requests = [Request(sample.prompt, sample.image) for sample in part]
         answers += engine.answer_batch(requests, lanes=lanes, max_new_tokens=max_new_tokens)
-        tick(len(part))
+        for _ in part:
+            tick()
     return answers
 
 
-def tally(samples: Sequence[Sample], answers: Sequence[Sequence[Answer]], lane: int) -> dict[str, dict]:
-    """Per kind of sample: rates of refused, garbage and helpful (neither) answers of one lane."""
+def tally(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, dict]:
+    """Per kind of sample: rates of refused, garbage and helpful (neither) answers."""
     table = {}
     for kind in dict.fromkeys(sample.kind for sample in samples):
-        texts = [row[lane] for sample, row in zip(samples, answers, strict=True) if sample.kind == kind]
-        refused = sum(answer.refused for answer in texts)
-        garbage = sum(not answer.refused and is_garbage(answer.text) for answer in texts)
-        table[kind] = {"refused": rate(refused, len(texts)), "garbage": rate(garbage, len(texts)),
-                       "answered": rate(len(texts) - refused - garbage, len(texts))}
+        said = [text for sample, text in zip(samples, texts, strict=True) if sample.kind == kind]
+        refused = sum(refusal_start(text) is not None for text in said)
+        garbage = sum(refusal_start(text) is None and is_garbage(text) for text in said)
+        table[kind] = {"refused": rate(refused, len(said)), "garbage": rate(garbage, len(said)),
+                       "answered": rate(len(said) - refused - garbage, len(said))}
     return table

@@ -1,5 +1,7 @@
 """Revision vectors, their scales, and the ranking of heads (arXiv 2501.16378)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
@@ -8,31 +10,36 @@ from torch import Tensor
 from safety.artifacts import RevisionArtifact
 from safety.detector import fit_probe
 
+Side = Callable[[str, int], Tensor]  # ("layers", block) -> [samples, width]; ("heads", block) -> [samples, heads, dim]
 
-def fit_revision(safe_layers: Tensor, unsafe_layers: Tensor, safe_heads: Tensor, unsafe_heads: Tensor,
-                 seed: int = 0) -> RevisionArtifact:
-    """Vectors from contrasting activations (Multi-Response: same image and question, safe and unsafe answer).
 
-    Args:
-        safe_layers, unsafe_layers: [samples, blocks, width]; safe_heads, unsafe_heads: [samples, blocks, heads, dim].
+def fit_revision(safe: Side, unsafe: Side, blocks: int, seed: int = 0, tick: Callable[[], None] = lambda: None
+                 ) -> RevisionArtifact:
+    """Vectors from contrasting activations, one block at a time: no more is held than one block of all samples.
 
     "mms" is mean(safe) - mean(unsafe): it points from unsafe to safe, whatever the paper's text says in one place
     (adding it must make answers safer). "pwd" is the direction of a probe's weights, scaled to the length of "mms" so
     that alpha means the same for both. Heads are ranked by their probe's accuracy on a held-out quarter.
     """
-    vectors = {"layer_mms": safe_layers.mean(0) - unsafe_layers.mean(0),
-               "head_mms": safe_heads.mean(0) - unsafe_heads.mean(0)}
-    blocks, heads = safe_heads.shape[1:3]
-    vectors["layer_pwd"] = torch.stack([
-        _probe_direction(safe_layers[:, b], unsafe_layers[:, b], vectors["layer_mms"][b], seed)[0]
-        for b in range(blocks)])
-    fits = [[_probe_direction(safe_heads[:, b, h], unsafe_heads[:, b, h], vectors["head_mms"][b, h], seed)
-             for h in range(heads)] for b in range(blocks)]
-    vectors["head_pwd"] = torch.stack([torch.stack([direction for direction, _ in row]) for row in fits])
-    accuracy = torch.tensor([[score for _, score in row] for row in fits])
-    everything = {"layer": torch.cat([safe_layers, unsafe_layers]), "head": torch.cat([safe_heads, unsafe_heads])}
-    scales = {name: _std_along(everything[name.split("_")[0]], vector) for name, vector in vectors.items()}
-    return RevisionArtifact(vectors, scales, accuracy)
+    vectors: dict[str, list[Tensor]] = {f"{level}_{kind}": [] for level in ("layer", "head") for kind in ("mms", "pwd")}
+    scales: dict[str, list[Tensor]] = {name: [] for name in vectors}
+    accuracy: list[list[float]] = []
+    for block in range(blocks):
+        for level in ("layer", "head"):
+            good, bad = safe(f"{level}s", block), unsafe(f"{level}s", block)
+            shift = good.mean(0) - bad.mean(0)
+            if level == "layer":
+                direction = _probe_direction(good, bad, shift, seed)[0]
+            else:
+                fits = [_probe_direction(good[:, h], bad[:, h], shift[h], seed) for h in range(good.shape[1])]
+                direction = torch.stack([weights for weights, _ in fits])
+                accuracy.append([score for _, score in fits])
+            for kind, vector in (("mms", shift), ("pwd", direction)):
+                vectors[f"{level}_{kind}"].append(vector)
+                scales[f"{level}_{kind}"].append(_std_along(torch.cat([good, bad]), vector))
+        tick()
+    return RevisionArtifact({name: torch.stack(rows) for name, rows in vectors.items()},
+                            {name: torch.stack(rows) for name, rows in scales.items()}, torch.tensor(accuracy))
 
 
 def _probe_direction(safe: Tensor, unsafe: Tensor, mean_shift: Tensor, seed: int) -> tuple[Tensor, float]:

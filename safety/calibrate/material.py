@@ -1,0 +1,138 @@
+"""What the fits work on: the samples as the model saw them, which of them judge, and what was learned on the way."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+from safety.calibrate import soft_prompt
+from safety.calibrate.observe import Observed
+from safety.calibrate.progress import Progress
+from safety.lvlm import LVLM
+from safety.refusal import refusal_start
+from safety.samples import Sample
+from safety.statistics import conformal_threshold
+
+PARTS = ("sasa", "revision", "sapt", "trace")
+Construction = Literal["multi-response", "multi-instruction", "text-response"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a person can choose about a calibration.
+
+    Attributes:
+        answer_tokens: length of the undefended answers that are learned from.
+        false_alarms: share of benign requests of any kind that a threshold may stop (split conformal).
+        per_scenario: samples of each scenario, label and kind that SASA's probes are fitted on; the paper takes 10.
+            None: all.
+        construction: how revision's contrasting pairs are made; see `safety.calibrate.revision`.
+        pairs: how many of them at most; the paper takes 200.
+        detector: SAPT's, "joint" (the paper) or "frozen" (the authors' code).
+        soft: hyperparameters of SAPT's training. interval: generated tokens between SAPT's checks.
+        seed: of everything that is drawn.
+    """
+
+    answer_tokens: int = 48
+    false_alarms: float = 0.03
+    per_scenario: int | None = None
+    construction: Construction = "multi-response"
+    pairs: int = 200
+    detector: Literal["joint", "frozen"] = "joint"
+    soft: soft_prompt.Recipe = field(default_factory=soft_prompt.Recipe)
+    interval: int = 16
+    seed: int = 0
+
+
+@dataclass
+class Material:
+    """Observed samples. A quarter of every label and kind is kept out of every fit, to set thresholds and to judge."""
+
+    lvlm: LVLM
+    samples: Sequence[Sample]
+    observed: Sequence[Observed]
+    recipe: Recipe
+    work: Path
+    out: Path
+    progress: Progress = field(default_factory=Progress)
+
+    @cached_property
+    def unsafe(self) -> np.ndarray:
+        """[samples] bool: is the request harmful?"""
+        return np.array([sample.unsafe for sample in self.samples])
+
+    @cached_property
+    def validation(self) -> np.ndarray:
+        """[samples] bool: the fourth, eighth, … of every label and kind."""
+        count: Counter[tuple[str, str]] = Counter()
+        marks = []
+        for sample in self.samples:
+            count[sample.label, sample.kind] += 1
+            marks.append(count[sample.label, sample.kind] % 4 == 0)
+        return np.array(marks)
+
+    @cached_property
+    def complied(self) -> np.ndarray:
+        """[samples] bool: a harmful request that the undefended model answered. A refusal is a safe text."""
+        return np.array([sample.unsafe and refusal_start(seen.answer) is None
+                         for sample, seen in zip(self.samples, self.observed, strict=True)])
+
+    @cached_property
+    def understood(self) -> np.ndarray:
+        """[samples] bool: does the answer show that the request was read? Only asked of requests that stand in the
+        picture: at least half of their telling words (four letters or more, in at most 2 % of all requests) must come
+        up. An attack that was misread is an example of something else, so nothing is *fitted* on it; whatever is
+        *measured*, here and in the trial, is measured on all of them."""
+        words = [set(re.findall(r"[a-z]{4,}", sample.asked.lower())) for sample in self.samples]
+        seen_in = Counter(word for row in words for word in row)
+        telling = [{word for word in row if seen_in[word] <= max(2, 0.02 * len(words))} for row in words]
+        marks = []
+        for sample, row, seen in zip(self.samples, telling, self.observed, strict=True):
+            said = set(re.findall(r"[a-z]{4,}", seen.answer.lower()))
+            marks.append(sample.request is None or refusal_start(seen.answer) is not None
+                         or len(row & said) >= 0.5 * len(row))
+        return np.array(marks)
+
+    def prompts(self, block: int, which: np.ndarray) -> np.ndarray:
+        """[chosen, width] outputs of one block at the last prompt position; reads that block alone."""
+        return torch.stack([self.observed[i].row("prompt.layers", block) for i in indices(which)]).numpy()
+
+    def threshold(self, scores: Sequence[float] | np.ndarray, which: np.ndarray, otherwise: float
+                  ) -> tuple[float, dict[str, float]]:
+        """(threshold, false alarms per kind) that benign requests reach with probability at most `false_alarms`.
+
+        Split conformal, for each kind of benign validation sample of which there are enough to promise that, and for
+        all of them together; the highest of these thresholds holds for all. `otherwise`: the paper's fixed value, where
+        there are too few.
+
+        Args:
+            scores: one per sample of `which`, all of them benign and none of them used in fitting.
+        """
+        values = np.asarray(scores, float)
+        kinds = np.array([self.samples[i].kind for i in indices(which)])
+        groups = [values, *(values[kinds == kind] for kind in set(kinds))]
+        found = [limit for limit in (conformal_threshold(group.tolist(), self.recipe.false_alarms) for group in groups)
+                 if np.isfinite(limit)]
+        # Rounded up, so that no calibration score that was below reaches it.
+        chosen = min(1.0, float(np.ceil(max(found) * 1e4 + 1e-9) / 1e4)) if found else otherwise
+        return chosen, {kind: round(float(np.mean(values[kinds == kind] >= chosen)), 4) for kind in sorted(set(kinds))}
+
+
+def indices(which: np.ndarray) -> list[int]:
+    """Positions at which a [samples] bool array is true."""
+    return [int(index) for index in np.flatnonzero(which)]
+
+
+def auroc(positive: Sequence[float] | np.ndarray, negative: Sequence[float] | np.ndarray) -> float | None:
+    """Area under the ROC curve, or None where one side is empty."""
+    if not len(positive) or not len(negative):
+        return None
+    return round(float(roc_auc_score([1] * len(positive) + [0] * len(negative), [*positive, *negative])), 4)
+

@@ -1,0 +1,153 @@
+"""Fit activation revision: vectors from contrasting pairs, and the block, level and strength that do most good.
+
+Constructions (arXiv 2501.16378), always safe minus unsafe:
+    multi-response: the same picture and question, a refusal and the undefended model's answer (the paper's best);
+    multi-instruction: pictures with benign and with harmful requests, before any answer;
+    text-response: as multi-response, with the request as text and the picture removed.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from safety.artifacts import Artifacts
+from safety.calibrate import trial
+from safety.calibrate.material import Material, indices
+from safety.calibrate.observe import READ_TOKENS, digest, reading, refusal_for, save_whole
+from safety.calibrate.vectors import Side, fit_revision
+from safety.engine import Engine
+from safety.errors import UserError
+from safety.refusal import refusal_start
+from safety.settings import MAX_LANES, Lane, Revision
+
+DEPTHS = (0.35, 0.5, 0.65, 0.8)
+STRENGTHS = {"head": (1.0, 2.0, 4.0), "layer": (0.25, 0.5, 1.0)}
+FIRST_LOOK, LONG_LOOK = 8, 36  # validation samples of each side on which all, and the best, candidates are tried
+FINALISTS = 6
+TOKENS = 24  # of an answer: a refusal comes at its beginning
+LOST = 0.03  # helpful benign answers that a candidate may cost, more than chance lets through
+
+
+def fit(material: Material, artifacts: Artifacts) -> dict:
+    """Add the revision part and its recommended settings to `artifacts`; returns how they were found."""
+    numbers = _pairs(material)
+    if len(numbers) < 8:
+        raise UserError(f"Only {len(numbers)} harmful samples were answered; revision vectors need at least 8.")
+    safe, unsafe = _sides(material, numbers)
+    with material.progress.stage("revision vectors", material.lvlm.blocks) as tick:
+        artifacts.revision = fit_revision(safe, unsafe, material.lvlm.blocks, material.recipe.seed, tick)
+    artifacts.settings.revision, tried = _choose(material, artifacts)
+    ranked = artifacts.revision.accuracy[artifacts.settings.revision.layer]
+    return {"pairs": len(numbers), "construction": material.recipe.construction, "mean_of_tokens": READ_TOKENS,
+            "head_accuracy_at_layer": [round(value, 3) for value in ranked.tolist()], "candidates": tried,
+            "rule": f"most refusals of harmful requests among candidates that lose at most {LOST:.0%} of the helpful "
+                    "benign answers; if none of those refuses more than the undefended model, the largest gain in "
+                    "refusals less twice the loss in helpful answers"}
+
+
+def _pairs(material: Material) -> list[int]:
+    """Harmful samples whose undefended answer is unsafe, none of them for validation; read rightly where possible."""
+    usable = material.complied & ~material.validation
+    numbers = indices(usable & material.understood)
+    if len(numbers) < 8:
+        numbers = indices(usable)
+    return numbers[:material.recipe.pairs]
+
+
+def _sides(material: Material, numbers: list[int]) -> tuple[Side, Side]:
+    """Activations of the safe and the unsafe side, read block by block."""
+    construction = material.recipe.construction
+    if construction == "multi-instruction":
+        pictures = np.array([sample.image is not None for sample in material.samples])
+        benign = indices(~material.unsafe & ~material.validation & (pictures == pictures[numbers[0]]))
+        return (_stored(material, benign[:material.recipe.pairs], "prompt"),
+                _stored(material, numbers, "prompt"))
+    if construction == "text-response":
+        return _text_sides(material, numbers)
+    return _stored(material, numbers, "refusal"), _stored(material, numbers, "answer")
+
+
+def _stored(material: Material, numbers: list[int], prefix: str) -> Side:
+    return lambda name, block: torch.stack([material.observed[i].row(f"{prefix}.{name}", block) for i in numbers])
+
+
+def _text_sides(material: Material, numbers: list[int]) -> tuple[Side, Side]:
+    """The same requests as text, without their pictures; kept in the work folder, one file per pair."""
+    lvlm, folder = material.lvlm, material.work / "text-pairs"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    with material.progress.stage("pairs as text", len(numbers)) as tick:
+        for index in numbers:
+            seen, request = material.observed[index], material.samples[index].asked
+            paths.append(folder / f"{seen.path.stem}-{digest(request)}.safetensors")
+            if not paths[-1].exists():
+                trunk = lvlm.prefill(lvlm.prepare(request, None, len(seen.ids)), set())
+                tensors: dict[str, Tensor] = {}
+                refusal = lvlm.tokenizer(refusal_for(index), add_special_tokens=False)["input_ids"]
+                for side, ids in (("refusal", refusal), ("answer", seen.ids)):
+                    read = reading(lvlm, trunk, ids)
+                    tensors |= {f"{side}.layers": read["layers"], f"{side}.heads": read["heads"]}
+                    trunk.cache.crop(-len(ids))
+                save_whole(tensors, paths[-1])
+            tick()
+
+    def stored(prefix: str) -> Side:
+        def rows(name: str, block: int) -> Tensor:
+            found = []
+            for path in paths:
+                with safe_open(path, "pt") as file:
+                    found.append(file.get_slice(f"{prefix}.{name}")[block])
+            return torch.stack(found)
+        return rows
+    return stored("refusal"), stored("answer")
+
+
+def _choose(material: Material, artifacts: Artifacts) -> tuple[Revision, list[dict]]:
+    """A first look at every candidate on few validation samples, a long one at the best of them."""
+    depths = sorted({min(round(share * material.lvlm.blocks), material.lvlm.blocks - 1) for share in DEPTHS})
+    candidates = [Revision(layer, alpha, level) for level, strengths in STRENGTHS.items()  # type: ignore[arg-type]
+                  for layer in depths for alpha in strengths]
+    first = _try(material, artifacts, candidates, FIRST_LOOK, "revision: first look")
+    order = sorted(range(len(candidates)), key=lambda i: -first[i]["gain"] + 2 * max(0.0, first[i]["lost"]))
+    finalists = [candidates[i] for i in order[:FINALISTS]]
+    finalists += [replace(candidate, vector="pwd") for candidate in finalists[:2]]
+    rows = _try(material, artifacts, finalists, LONG_LOOK, "revision: long look")
+    gentle = [i for i, row in enumerate(rows) if row["lost"] <= LOST and row["gain"] > 0]
+    if gentle:
+        best = max(gentle, key=lambda i: (rows[i]["gain"], -rows[i]["lost"], -finalists[i].alpha))
+    else:
+        best = max(range(len(rows)), key=lambda i: rows[i]["gain"] - 2 * max(0.0, rows[i]["lost"]))
+    return finalists[best], rows + first
+
+
+def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], count: int, title: str) -> list[dict]:
+    """What each candidate does to the first `count` validation samples of each side, beside the undefended answers."""
+    harmful = indices(material.validation & material.complied)[:count]
+    benign = indices(material.validation & ~material.unsafe)
+    benign = benign[::max(1, len(benign) // count)][:count]  # of every kind
+    samples = [material.samples[i] for i in (*harmful, *benign)]
+    plain = [material.lvlm.text(material.observed[i].ids[:TOKENS]) for i in benign]
+    helped_before = np.mean([refusal_start(text) is None and not trial.is_garbage(text) for text in plain])
+    engine = Engine(material.lvlm, Artifacts(revision=artifacts.revision))
+    rows = []
+    groups = [candidates[start:start + MAX_LANES] for start in range(0, len(candidates), MAX_LANES)]
+    with material.progress.stage(title, len(groups) * len(samples)) as tick:
+        for group in groups:
+            lanes = [Lane(str(number), revision=candidate) for number, candidate in enumerate(group)]
+            answers = trial.answer_all(engine, samples, lanes, TOKENS, tick=tick)
+            for number, candidate in enumerate(group):
+                texts = [row[number] for row in answers]
+                refused = [answer.refused for answer in texts]
+                helped = np.mean([not answer.refused and not trial.is_garbage(answer.text)
+                                  for answer in texts[len(harmful):]])
+                rows.append({"level": candidate.level, "layer": candidate.layer, "alpha": candidate.alpha,
+                             "vector": candidate.vector, "harmful": len(harmful), "benign": len(benign),
+                             "gain": round(float(np.mean(refused[:len(harmful)])), 4),
+                             "garbage": round(float(np.mean([not answer.refused and trial.is_garbage(answer.text)
+                                                             for answer in texts[:len(harmful)]])), 4),
+                             "benign_refused": round(float(np.mean(refused[len(harmful):])), 4),
+                             "lost": round(float(helped_before - helped), 4)})
+    return rows

@@ -1,0 +1,185 @@
+"""Fit SASA: its safety and fused blocks, and a probe on the projected stream's first-token logits for each pair."""
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from safety.artifacts import Artifacts, SasaArtifact
+from safety.calibrate import layers
+from safety.calibrate.material import Material, auroc, indices
+from safety.calibrate.observe import digest, save_whole
+from safety.defenses.sasa import projected_hidden
+from safety.detector import cross_fit
+from safety.errors import UserError
+from safety.inputs import open_image
+from safety.lvlm import LVLM
+from safety.settings import Sasa
+
+QUERIES = 16  # text queries of each side whose last-token states make the matrix that heads are ranked with
+DEPTHS = (0.53, 0.67, 0.8)  # of the pairs that are tried beside the paper's rule; f lies two blocks behind s
+SCREEN = 160  # samples on which the rule's pair and the others are compared
+CURVES = "sasa-curves.png"
+
+
+def fit(material: Material, artifacts: Artifacts) -> dict:
+    """Add the SASA part and its recommended settings to `artifacts`; returns how they were found."""
+    lvlm, samples = material.lvlm, material.samples
+    text = {side: [s.prompt for s in samples if not s.image and s.unsafe == side][:QUERIES] for side in (True, False)}
+    if min(map(len, text.values())) < 8:
+        raise UserError("SASA ranks heads on text requests: give at least 8 safe and 8 unsafe samples "
+                        "without an image.")
+    harmful, ordinary = _importance(material, text)
+    curve = layers.safety_curve(harmful, ordinary)
+    chosen = _chosen(material)
+    separable = _separability(material, chosen & ~material.validation & material.understood)
+    rule = layers.choose_blocks(curve, separable, max(1, lvlm.deepstack))
+    pairs = tried_pairs(lvlm)
+    ranked = _screen(material, chosen, sorted({rule, *pairs}))
+    best = max(ranked, key=lambda pair: ranked[pair])
+
+    probes, found, certain = {}, {}, []
+    for pair in (None, *sorted({rule, *pairs})):
+        # The rule's pair, where it is not in front, has been run on the screened samples only.
+        which = chosen if pair in (None, best, *pairs) else _screened(chosen)
+        fitted, judged = which & ~material.validation & material.understood, which & material.validation
+        result = cross_fit(_logits(material, fitted, pair), material.unsafe[fitted])
+        scores = result.probe.probability(torch.from_numpy(_logits(material, judged, pair))).numpy()
+        name = "clean" if pair is None else f"{pair[0]}-{pair[1]}"
+        probes[name] = result.probe
+        found[name] = {"fitted_on": int(fitted.sum()), "validated_on": int(judged.sum()), "c": result.c,
+                       "cross_validated_auroc": round(result.auroc, 4), **_operating_point(material, scores, judged)}
+        if pair in pairs:
+            certain.append(scores)
+    artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in sorted({rule, *pairs})},
+                                  probes["clean"])
+    artifacts.settings.sasa = Sasa(*best, threshold=found[f"{best[0]}-{best[1]}"]["threshold"])
+    material.out.mkdir(parents=True, exist_ok=True)
+    layers.draw_curves(material.out / CURVES, curve, separable, rule, best)
+    shipped = "which is the paper's rule itself" if best == rule else "not the pair of the paper's rule"
+    return {"pair_by_the_papers_rule": list(rule), "shipped_pair": list(best),
+            "why": f"The safety-specific heads concentrate around block {rule[0]} (centre of mass of the upper curve); "
+                   f"behind it harmful and benign separate best at block {rule[1]} (lower curve). Of that pair and "
+                   f"evenly spaced ones, {best[0]}-{best[1]} ships, {shipped}: its probe has the highest "
+                   "cross-validated AUROC on the same samples.",
+            "curves": CURVES, "safety_curve": [round(v, 2) for v in curve.tolist()],
+            "safety_heads": [list(head) for head in layers.safety_heads(harmful, ordinary)],
+            "separability": [round(v, 3) for v in separable.tolist()], "screened_on": int(_screened(chosen).sum()),
+            "screen": {f"{s}-{f}": round(value, 4) for (s, f), value in ranked.items()}, "streams": found,
+            "per_input": _per_input(material, certain, chosen & material.validation),
+            "papers_threshold": Sasa.threshold}
+
+
+def tried_pairs(lvlm: LVLM) -> list[tuple[int, int]]:
+    """Evenly spaced pairs that every sample's projected streams are run for."""
+    first = max(1, lvlm.deepstack)
+    starts = {max(first, round(share * lvlm.blocks)) for share in DEPTHS}
+    return sorted((s, min(s + 2, lvlm.blocks - 1)) for s in starts if s < lvlm.blocks - 1)
+
+
+def _importance(material: Material, text: dict[bool, list[str]]) -> tuple[Tensor, Tensor]:
+    """Head importance on harmful and on ordinary queries; kept in the work folder."""
+    path = material.work / f"heads-{digest(text[True], text[False])}.safetensors"
+    if not path.exists():
+        stage = material.progress.stage("ranking heads", 2 * material.lvlm.blocks)
+        with stage as tick, material.lvlm.lock:
+            found = {name: layers.head_importance(material.lvlm, text[side], tick)
+                     for name, side in (("harmful", True), ("ordinary", False))}
+        save_whole(found, path)
+    stored = load_file(path)
+    return stored["harmful"], stored["ordinary"]
+
+
+def _chosen(material: Material) -> np.ndarray:
+    """[samples] bool: at most `per_scenario` of each scenario, label and kind, and a third as many for validation."""
+    most = material.recipe.per_scenario
+    marks = np.ones(len(material.samples), bool)
+    if most is not None:
+        count: dict[tuple, int] = {}
+        for index, sample in enumerate(material.samples):
+            key = (sample.scenario, sample.label, sample.kind, bool(material.validation[index]))
+            count[key] = count.get(key, 0) + 1
+            marks[index] = count[key] <= (-(-most // 3) if material.validation[index] else most)
+    return marks
+
+
+def _separability(material: Material, fitted: np.ndarray) -> Tensor:
+    """[blocks] cross-validated AUROC of a probe on last-prompt-position states, harmful against benign; where there are
+    pictures, on those alone, since it is there that meaning must form first."""
+    pictures = np.array([sample.image is not None for sample in material.samples])
+    which = fitted & pictures if (fitted & pictures & material.unsafe).sum() >= 10 else fitted
+    curve = []
+    with material.progress.stage("separability", material.lvlm.blocks) as tick:
+        for block in range(material.lvlm.blocks):
+            states = material.prompts(block, which)
+            curve.append(cross_fit(states, material.unsafe[which], strengths=(1e-3, 1e-2)).auroc)
+            tick()
+    return torch.tensor(curve).nan_to_num(0.5)
+
+
+def _screened(chosen: np.ndarray) -> np.ndarray:
+    """[samples] bool: at most SCREEN of the chosen samples, evenly spread."""
+    numbers = np.flatnonzero(chosen)
+    marks = np.zeros_like(chosen)
+    marks[numbers[np.unique(np.linspace(0, len(numbers) - 1, min(SCREEN, len(numbers))).round().astype(int))]] = True
+    return marks
+
+
+def _screen(material: Material, chosen: np.ndarray, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], float]:
+    """Cross-validated AUROC of every pair's probe on the same samples."""
+    which = _screened(chosen) & ~material.validation & material.understood
+    with material.progress.stage("comparing pairs", len(pairs)) as tick:
+        ranked = {}
+        for pair in pairs:
+            result = cross_fit(_logits(material, which, pair), material.unsafe[which])
+            ranked[pair] = 0.5 if np.isnan(result.auroc) else result.auroc
+            tick()
+    return ranked
+
+
+def _logits(material: Material, which: np.ndarray, pair: tuple[int, int] | None) -> np.ndarray:
+    """[chosen, vocabulary] first-token logits of one projected stream, or of the clean one (None)."""
+    numbers = indices(which)
+    name = "clean" if pair is None else f"{pair[0]}-{pair[1]}"
+    if material.observed[numbers[0]].has(name):
+        rows = [material.observed[number].tensor(name) for number in numbers]
+    else:
+        assert pair is not None  # the clean stream is always observed
+        rows = _run_pair(material, numbers, pair)
+    hidden = torch.stack(rows).to(material.lvlm.device, material.lvlm.embed.weight.dtype)
+    return material.lvlm.logits(hidden).cpu().numpy()
+
+
+def _run_pair(material: Material, numbers: list[int], pair: tuple[int, int]) -> list[Tensor]:
+    """[width] projected states of a pair that was not observed; kept in the work folder, one file per sample."""
+    folder = material.work / "projected"
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{material.observed[number].path.stem}-{pair[0]}-{pair[1]}.safetensors" for number in numbers]
+    missing = [place for place, path in enumerate(paths) if not path.exists()]
+    if missing:
+        with material.progress.stage(f"projected stream {pair[0]}-{pair[1]}", len(paths),
+                                     len(paths) - len(missing)) as tick:
+            for place in missing:
+                sample = material.samples[numbers[place]]
+                inputs = material.lvlm.prepare(sample.prompt, open_image(sample.image) if sample.image else None, 0)
+                with material.lvlm.lock:
+                    trunk = material.lvlm.prefill(inputs, set(pair))
+                    state = projected_hidden(material.lvlm, trunk, *pair, 1.0).float().cpu()
+                save_whole({"state": state}, paths[place])
+                tick()
+    return [load_file(path)["state"] for path in paths]
+
+
+def _operating_point(material: Material, scores: np.ndarray, judged: np.ndarray) -> dict:
+    """Threshold for the chosen false-alarm rate, and what it does to the samples that judge."""
+    unsafe = material.unsafe[judged]
+    threshold, alarms = material.threshold(scores[~unsafe], judged & ~material.unsafe, Sasa.threshold)
+    return {"validation_auroc": auroc(scores[unsafe], scores[~unsafe]), "threshold": threshold, "false_alarms": alarms,
+            "recall": round(float(np.mean(scores[unsafe] >= threshold)), 4)}
+
+
+def _per_input(material: Material, certain: list[np.ndarray], judged: np.ndarray) -> dict:
+    """Our extension: every input takes the pair whose probe is most certain about it."""
+    scores = np.stack(certain)
+    taken = np.abs(scores - 0.5).argmax(0)
+    return _operating_point(material, scores[taken, np.arange(scores.shape[1])], judged)
