@@ -147,7 +147,8 @@ class _Bench:
         trunk = self.lvlm.prefill(self.lvlm.prepare(PROMPT, self.image, 0), set())
         mask = torch.ones(1, trunk.length + 5, dtype=torch.long, device=self.lvlm.device)
         positions = torch.arange(trunk.length, trunk.length + 5, device=self.lvlm.device)[None]
-        return _seconds(lambda: self.lvlm.decode(self._random(5), mask, positions, trunk.cache))
+        with torch.inference_mode():
+            return _seconds(lambda: self.lvlm.decode(self._random(5), mask, positions, trunk.cache))
 
     def _random(self, count: int) -> torch.Tensor:
         return self.lvlm.embed(torch.randint(100, 1000, (1, count), device=self.lvlm.device))
