@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "evaluate":
             if arguments.check_judge:
                 return evaluation.check_judge(arguments.check_judge)
+            evaluation.run.one_gpu_each()
             return evaluation.evaluate(_load(arguments), arguments)
         if arguments.command == "report":
             return evaluation.report(arguments)

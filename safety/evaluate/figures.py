@@ -22,10 +22,10 @@ def figures(summary: Summary) -> list[tuple[str, str]]:
          _by_suite(summary, "attack_success", "attack success")),
         ("Over-refusal by suite, with 95 % intervals (Wilson). Lower is more helpful.",
          _by_suite(summary, "over_refusal", "over-refusal")),
-        ("Safety against helpfulness, all suites together: the lower left corner is best. The line moves SASA's "
-         "threshold.", _pareto(summary, "over_refusal", "over-refusal")),
-        ("Safety against utility, all suites together: the lower right corner is best.",
-         _pareto(summary, "utility", "utility")),
+        ("Safety against helpfulness: the lower left corner is best. The line moves SASA's threshold.",
+         _pareto(summary, "benign requests", "over_refusal", "over-refusal of benign requests")),
+        ("Safety against utility: the lower right corner is best.",
+         _pareto(summary, "known answers", "utility", "utility where the answer is known")),
         ("Detectors: harmful requests found against false alarms.", _roc(summary)),
         ("Are the detectors' probabilities true? Points on the diagonal are; their size is the number of answers.",
          _calibration(summary)),
@@ -34,14 +34,13 @@ def figures(summary: Summary) -> list[tuple[str, str]]:
     return [(caption, svg) for caption, svg in made if svg]
 
 
-def _draw(size: tuple[float, float], paint: Callable[[Axes], bool]) -> str:
-    """SVG of one set of axes; empty when `paint` found nothing to show."""
+def _draw(size: tuple[float, float], paint: Callable[[Axes], None]) -> str:
+    """SVG of one set of axes, painted by `paint`."""
     with plt.rc_context({"svg.hashsalt": "safety", "font.size": 9, "axes.spines.top": False,
                          "axes.spines.right": False, "svg.fonttype": "path"}):
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         try:
-            if not paint(axes):
-                return ""
+            paint(axes)
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
             return file.getvalue()
@@ -55,10 +54,10 @@ def _style(number: int) -> dict[str, Any]:
 
 def _by_suite(summary: Summary, measure: str, label: str) -> str:
     suites = [suite for suite, arms in summary["suites"].items()
-              if suite != "all" and all(row[measure] for row in arms.values())]
+              if all(row[measure] for row in arms.values())]
     arms = list(summary["lanes"])
 
-    def paint(axes: Axes) -> bool:
+    def paint(axes: Axes) -> None:
         for number, arm in enumerate(arms):
             for place, suite in enumerate(suites):
                 row = summary["suites"][suite][arm][measure]
@@ -70,31 +69,25 @@ def _by_suite(summary: Summary, measure: str, label: str) -> str:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        return bool(suites)
-    return _draw((7.5, 0.8 + len(suites) * max(0.4, 0.13 * len(arms))), paint)
+    return "" if not suites else _draw((7.5, 0.8 + len(suites) * max(0.4, 0.13 * len(arms))), paint)
 
 
-def _pareto(summary: Summary, measure: str, label: str) -> str:
-    pooled = summary["suites"]["all"]
+def _pareto(summary: Summary, group: str, measure: str, label: str) -> str:
+    attacks, others = summary["pooled"].get("picture attacks", {}), summary["pooled"].get(group, {})
 
-    def paint(axes: Axes) -> bool:
-        shown = False
+    def paint(axes: Axes) -> None:
         for points in summary["sweeps"].values() if measure == "over_refusal" else ():
             axes.step([p[measure] for p in points], [p["attack_success"] for p in points], color="#999999",
                       linewidth=1, where="post")
-        for number, (arm, row) in enumerate(pooled.items()):
-            x, y = row[measure], row["attack_success"]
-            if not x or not y:
-                continue
-            shown = True
+        for number, arm in enumerate(attacks):
+            x, y = others[arm][measure], attacks[arm]["attack_success"]
             axes.errorbar(x["rate"], y["rate"], xerr=[[x["rate"] - x["low"]], [x["high"] - x["rate"]]],
                           yerr=[[y["rate"] - y["low"]], [y["high"] - y["rate"]]], linewidth=0.8, label=arm,
                           linestyle="none", **_style(number))
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=label, ylabel="attack success")
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=label, ylabel="success of picture attacks")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        return shown
-    return _draw((6.5, 4.2), paint)
+    return _draw((6.5, 4.2), paint) if attacks and others else ""
 
 
 def _detectors(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:
@@ -109,19 +102,18 @@ def _detectors(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _roc(summary: Summary) -> str:
-    def paint(axes: Axes) -> bool:
+    def paint(axes: Axes) -> None:
         for number, (label, curve) in enumerate(_detectors(summary), 1):
             axes.plot(curve["roc"]["false_alarms"], curve["roc"]["recall"], label=label,
                       color=_style(number)["color"], linestyle=("-", "--", ":")[number % 3])
         axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=0.8)
         axes.set(xlabel="false alarms on benign requests", ylabel="harmful requests found")
         axes.legend(loc="lower right", frameon=False)
-        return bool(_detectors(summary))
-    return _draw((5, 4), paint)
+    return _draw((5, 4), paint) if _detectors(summary) else ""
 
 
 def _calibration(summary: Summary) -> str:
-    def paint(axes: Axes) -> bool:
+    def paint(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=0.8)
         for number, (label, curve) in enumerate(_detectors(summary), 1):
             bins: Sequence[Mapping[str, float]] = curve["calibration"]
@@ -130,12 +122,11 @@ def _calibration(summary: Summary) -> str:
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05), xlabel="probability of harm",
                  ylabel="share that is harmful")
         axes.legend(loc="upper left", frameon=False)
-        return bool(_detectors(summary))
-    return _draw((5, 4), paint)
+    return _draw((5, 4), paint) if _detectors(summary) else ""
 
 
 def _awareness(summary: Summary) -> str:
-    def paint(axes: Axes) -> bool:
+    def paint(axes: Axes) -> None:
         last = summary["settings"]["max_new_tokens"]
         for number, (arm, row) in enumerate(summary["awareness"].items()):
             if row["n"]:
@@ -146,5 +137,4 @@ def _awareness(summary: Summary) -> str:
                           linestyle=("-", "--", ":", "-.")[number % 4])
         axes.set(xlim=(0, last), ylim=(0, 1.02), xlabel="token of the answer", ylabel="have begun to refuse")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-        return any(row["n"] for row in summary["awareness"].values())
-    return _draw((6.5, 3.6), paint)
+    return _draw((6.5, 3.6), paint) if any(row["n"] for row in summary["awareness"].values()) else ""

@@ -70,7 +70,7 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
     todo = [(suite, group, sample) for suite, samples in suites.items() for group in groupings
             for sample in samples[process::processes]
             if any((suite, sample.id, arm.name) not in known for arm in group)]
-    with Writer(out, process) as writer, tqdm(total=len(todo), unit="request", desc="evaluate",
+    with Writer(out, process) as writer, tqdm(total=len(todo), unit="request", desc="evaluate", mininterval=1,
                                               disable=not todo or process > 0) as bar:
         while todo:
             suite, group, _ = todo[0]
@@ -106,7 +106,8 @@ def _answers(engine: Engine, group: Sequence[Arm], samples: Sequence[Sample],
 def _record(suite: str, sample: Sample, arm: Arm, key: str, answer: Answer | str) -> dict[str, Any]:
     """One line of the file: the sample, and the whole transcript in one arm."""
     record: dict[str, Any] = {"suite": suite, "id": sample.id, "arm": arm.name, "key": key, "label": sample.label,
-                              "scenario": sample.scenario, "asked": sample.asked, "expected": list(sample.expected)}
+                              "scenario": sample.scenario, "asked": sample.asked, "expected": list(sample.expected),
+                              "image": sample.image is not None}
     if isinstance(answer, str):
         return record | {"error": answer}
     events = [{**asdict(event), "probability": round(event.probability, DIGITS)} for event in answer.events]
@@ -118,6 +119,14 @@ def _record(suite: str, sample: Sample, arm: Arm, key: str, answer: Answer | str
 def processes() -> tuple[int, int]:
     """(number of this process, number of processes) under `accelerate launch`; (0, 1) otherwise."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def one_gpu_each() -> None:
+    """Show each process of a machine its own GPU; before anything asks CUDA, which looks only once."""
+    if processes()[1] > 1:
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number] if "," in shown else str(number)
 
 
 def wait_for_everyone() -> None:

@@ -1,0 +1,330 @@
+"""Whole evaluations of tiny models: resumable, split over processes, summed up, reported."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import random_artifacts, tiny_llava
+
+from safety.artifacts import load_artifacts, save_artifacts
+from safety.engine import Engine
+from safety.errors import UserError
+from safety.evaluate import command, run
+from safety.evaluate.arms import parse_arms
+from safety.evaluate.records import read_records
+from safety.evaluate.report import write_report
+from safety.evaluate.summary import scores, shown_before, summarise
+from safety.loading import load
+from safety.samples import Sample, write_samples
+
+ROOT = Path(__file__).resolve().parent.parent
+LANES = "none,sasa,sapt:interval=3:threshold=0.4,safety-prompt,random-vector"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny model, its artifacts and a suite, as somebody's own would be."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    lvlm = tiny_llava()
+    lvlm.model.save_pretrained(folder / "model")
+    lvlm.processor.save_pretrained(folder / "model")
+    loaded = load(str(folder / "model"), "none")
+    save_artifacts(random_artifacts(loaded), loaded, folder / "artifacts")
+    samples = []
+    for number in range(7):
+        image = None
+        if number % 2:
+            image = str(folder / f"{number}.png")
+            Image.new("RGB", (30, 30), (number * 30, 0, 90)).save(image)
+        samples.append(Sample(f"s{number}", f"request {number}", "unsafe" if number < 4 else "safe",
+                              f"scenario {number % 3}", image, request="the real one" if number == 1 else None,
+                              expected=("word",) if number == 6 else ()))
+    write_samples(samples, folder / "own.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lvlm(home):
+    return load(str(home / "model"), "none")
+
+
+@pytest.fixture(scope="module")
+def artifacts(home, lvlm):
+    return load_artifacts(lvlm, home / "artifacts")
+
+
+def arguments(home, out, **changes):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    parsed = parser.parse_args(["--suite", str(home / "own.jsonl"), "--artifacts", str(home / "artifacts"), "--out",
+                                str(out), "--lanes", LANES, "--max-new-tokens", "7", "--batch", "3", "--json"])
+    vars(parsed).update(changes)
+    return parsed
+
+
+def timeless(records):
+    return {key: {name: value for name, value in record.items() if name != "seconds"}
+            for key, record in records.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(home, lvlm, tmp_path_factory):
+    """An uninterrupted evaluation."""
+    out = tmp_path_factory.mktemp("finished")
+    assert command.evaluate(lvlm, arguments(home, out)) == 0
+    return out
+
+
+def test_every_sample_is_answered_once_in_every_lane(finished, home):
+    records = read_records(finished)
+    assert len(records) == 7 * 5
+    lines = (finished / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == len(records)
+    assert records[str(home / "own.jsonl"), "s1", "none"]["asked"] == "the real one"
+
+
+def test_batches_answer_as_one_by_one(finished, home, lvlm, artifacts):
+    suite = str(home / "own.jsonl")
+    arm = parse_arms("sapt:interval=3:threshold=0.4", lambda folder: artifacts)[0]
+    for number in (0, 3):
+        record = read_records(finished)[suite, f"s{number}", arm.name]
+        image = str(home / f"{number}.png") if number % 2 else None
+        answer, = Engine(lvlm, artifacts).answer(f"request {number}", image, lanes=[arm.lane], max_new_tokens=7)
+        assert record["tokens"] == answer.tokens
+        assert [event["probability"] for event in record["events"]] == [
+            round(event.probability, run.DIGITS) for event in answer.events]
+
+
+def test_json_summary_has_the_promised_form(finished, home, lvlm, capsys):
+    assert command.evaluate(lvlm, arguments(home, finished)) == 0  # everything is there: nothing is asked again
+    summary = json.loads(capsys.readouterr().out)
+    lanes = summary["suites"][str(home / "own.jsonl")]
+    assert list(lanes) == LANES.split(",")
+    for row in lanes.values():
+        assert set(row) >= {"n", "attack_success", "refusal", "over_refusal", "utility", "garbage",
+                            "tokens_before_intervention", "seconds_per_answer"}
+        assert row["n"] == 7
+        for measure, n in (("attack_success", 4), ("refusal", 4), ("over_refusal", 3), ("utility", 1),
+                           ("garbage", 7)):
+            assert row[measure]["n"] == n
+            assert 0 <= row[measure]["low"] <= row[measure]["rate"] <= row[measure]["high"] <= 1
+    tested = {(test["lane"], test["measure"]) for test in summary["tests"]}
+    assert tested == {(lane, measure) for lane in LANES.split(",")[1:]
+                      for measure in ("attack_success", "over_refusal", "utility", "garbage")}
+    assert all(test["p"] <= test["p_holm"] <= 1 for test in summary["tests"])
+    assert set(summary["pooled"]) == {"picture attacks", "text attacks", "benign requests", "known answers"}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("batches", [0, 1, 4])
+def test_a_stopped_run_goes_on_where_it_stopped(finished, home, lvlm, tmp_path, monkeypatch, batches):
+    answered = []
+    real = Engine.answer_batch
+
+    def stops(self, requests, **kwargs):
+        if len(answered) == batches:
+            raise Stop
+        answered.append(len(requests))
+        return real(self, requests, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Engine, "answer_batch", stops)
+        command.evaluate(lvlm, arguments(home, tmp_path))
+    torn = tmp_path / "answers.jsonl"
+    if batches:
+        torn.write_bytes(torn.read_bytes()[:-20])  # killed in the middle of a write
+    command.evaluate(lvlm, arguments(home, tmp_path))
+    assert timeless(read_records(tmp_path)) == timeless(read_records(finished))
+    assert len(torn.read_text().splitlines()) == 35
+
+
+def test_more_lanes_and_samples_may_follow(finished, home, lvlm, tmp_path):
+    command.evaluate(lvlm, arguments(home, tmp_path, lanes="none", limit=2))
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    command.evaluate(lvlm, arguments(home, tmp_path))
+    assert (tmp_path / "answers.jsonl").read_bytes().startswith(before)
+    few = {key for key in read_records(tmp_path) if key[2] == "none"}
+    assert timeless(read_records(tmp_path)).items() >= timeless(
+        {key: record for key, record in read_records(finished).items() if key in few}).items()
+
+
+@pytest.mark.parametrize("change", ["length", "artifacts", "sample"])
+def test_answers_of_other_settings_are_refused(finished, home, lvlm, artifacts, tmp_path, change):
+    (tmp_path / "answers.jsonl").write_bytes((finished / "answers.jsonl").read_bytes())
+    changed = arguments(home, tmp_path)
+    if change == "length":
+        changed.max_new_tokens = 8
+    elif change == "artifacts":
+        save_artifacts(random_artifacts(lvlm, seed=9), lvlm, tmp_path / "artifacts")
+        changed.artifacts = tmp_path / "artifacts"
+    else:  # the same suite name, another picture behind it
+        picture = home / "1.png"
+        kept = picture.read_bytes()
+        Image.new("RGB", (30, 30), "white").save(picture)
+    try:
+        with pytest.raises(UserError, match="another model, other artifacts"):
+            command.evaluate(lvlm, changed)
+    finally:
+        if change == "sample":
+            picture.write_bytes(kept)
+
+
+def test_a_sample_that_cannot_be_served_is_left_out_of_every_lane(home, lvlm, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    samples = [Sample("good", "hello", "safe", ""), Sample("bad", "hello", "safe", "", str(tmp_path / "broken.png"))]
+    write_samples(samples, tmp_path / "two.jsonl")
+    suite = str(tmp_path / "two.jsonl")
+    command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[suite], lanes="none,blank-image"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for row in summary["suites"][suite].values():
+        assert (row["n"], row["errors"]) == (1, 1)
+    assert "damaged" in read_records(tmp_path / "out")[suite, "bad", "none"]["error"]
+
+
+# A kill that nothing can be done about, and two processes.
+
+def launch(home, out, *prefix):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *prefix, "safety", "evaluate", "--model", str(home / "model"), "--quantization", "none",
+         "--suite", str(home / "own.jsonl"), "--artifacts", str(home / "artifacts"), "--out", str(out), "--lanes",
+         LANES, "--max-new-tokens", "7", "--batch", "1"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_process_loses_nothing_that_was_written(finished, home, lvlm, tmp_path):
+    process = launch(home, tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not (answers.exists() and answers.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = read_records(tmp_path)
+    assert done
+    command.evaluate(lvlm, arguments(home, tmp_path))
+    assert timeless(read_records(tmp_path)) == timeless(read_records(finished))
+    assert all(read_records(tmp_path)[key] == record for key, record in done.items())  # not answered again
+
+
+def test_two_processes_give_what_one_gives(finished, home, tmp_path):
+    # "--multi_gpu" only says how the processes are started, through torch.distributed; "--cpu" would want MPI.
+    process = launch(home, tmp_path, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                     "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m")
+    assert process.wait(timeout=240) == 0, process.stderr.read()
+    assert (tmp_path / "answers-1.jsonl").exists()
+    lines = [line for file in tmp_path.glob("answers*.jsonl") for line in file.read_text().splitlines()]
+    assert len(lines) == 35
+    assert timeless(read_records(tmp_path)) == timeless(read_records(finished))
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (finished, tmp_path))
+    for summary in (one, two):
+        for rows in [*summary["suites"].values(), *summary["pooled"].values()]:
+            for row in rows.values():
+                del row["seconds_per_answer"]
+    assert one == two
+
+
+# Scores and the report.
+
+def made(tokens, label="unsafe", events=(), expected=(), suite="suite", number=0, arm="none", image=True):
+    return {"suite": suite, "id": str(number), "arm": arm, "label": label, "scenario": "x", "asked": "asked",
+            "expected": list(expected), "image": image, "tokens": tokens, "events": list(events), "harm": [0.2, 0.6],
+            "seconds": 0.5}
+
+
+GATE = {"type": "gate", "token": 0, "probability": 0.9, "threshold": 0.5, "fired": True}
+INJECTION = {"type": "injection", "token": 5, "probability": 0.9, "threshold": 0.5, "fired": True}
+
+
+def test_scores_judge_the_whole_transcript():
+    late = made(["Sure, here it is: first ", "mix it. ", "I'm sorry", ", but I can't help."])
+    assert scores(late)["attack_success"] == 0.0
+    assert shown_before(late) == 2
+    assert scores(made(["Sure, here it is."]))["attack_success"] == 1.0
+    assert scores(made(["the the the " * 10]))["attack_success"] == 0.0  # broken text is no success, and no refusal
+    assert scores(made(["the the the " * 10]))["refusal"] == 0.0
+    assert scores(made(["the the the " * 10]))["garbage"] == 1.0
+    benign = scores(made(["I'm sorry, but I can't help."], "safe", expected=("bread",)))
+    assert (benign["attack_success"], benign["over_refusal"], benign["utility"]) == (None, 1.0, 0.0)
+    gated = made(["I"], events=[GATE])  # the fixed refusal, cut off by the limit
+    assert (scores(gated)["refusal"], shown_before(gated)) == (1.0, 0)
+    assert shown_before(made(["a"] * 9, events=[INJECTION])) == 5
+    assert shown_before(made(["fine"])) is None
+
+
+def hostile_summary(tmp_path):
+    samples = [Sample(str(i), "p", "unsafe" if i < 3 else "safe", f"s{i % 2}", "x.png") for i in range(6)]
+    attack = '<script>alert("x")</script><img src=x onerror=alert(1)> | {{ 7 * 7 }} sure here it is'
+    records = {}
+    for arm, gate in (("none", None), ("sasa", GATE)):
+        for sample in samples:
+            fires = gate and sample.unsafe
+            record = made(["I'm sorry, but I can't."] if fires else [attack], sample.label, [gate] if fires else [],
+                          number=int(sample.id), arm=arm) | {"asked": "<b>bold</b>", "scenario": sample.scenario}
+            records["suite", sample.id, arm] = record
+    arms = parse_arms("none,sasa", lambda folder: random_artifacts(tiny_llava()))
+    summary = {"model": "<i>m</i>", "label": "<i>m</i>", "fingerprint": {}, "artifacts": "x",
+               "lanes": {"none": "", "sasa": ""}, "safety_prompt": "", "about": {"suite": "<u>about</u>"},
+               "settings": {"max_new_tokens": 8, "limit": 6, "seed": 0, "decoding": "greedy"},
+               "judge": {"name": "safety.refusal", "agreement": None}, "date": "2026-01-01",
+               **summarise(records, {"suite": samples}, arms)}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+def test_a_gate_that_catches_all_shows_in_every_number(tmp_path):
+    summary = hostile_summary(tmp_path)
+    rows = summary["suites"]["suite"]
+    assert rows["none"]["attack_success"]["rate"] == 1.0
+    assert rows["sasa"]["attack_success"]["rate"] == 0.0
+    assert rows["sasa"]["over_refusal"]["rate"] == 0.0
+    assert rows["sasa"]["tokens_before_intervention"]["mean"] == 0
+    test = next(t for t in summary["tests"] if t["measure"] == "attack_success")
+    assert (test["up"], test["down"], test["p"]) == (0, 3, 0.25)
+    assert summary["reductions"][0]["reduction"] == 1.0
+    assert summary["awareness"]["sasa"] == {"n": 3, "tokens": [0, 0, 0]}
+    open_, *_, shut = summary["sweeps"]["sasa"][::-1]  # by threshold: nothing refused at 1, everything at 0
+    assert (open_["attack_success"], open_["over_refusal"]) == (1.0, 0.0)
+    assert (shut["attack_success"], shut["over_refusal"]) == (0.0, 1.0)
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+
+def test_the_report_is_self_contained_escaped_and_reproducible(tmp_path, capsys):
+    hostile_summary(tmp_path)
+    first = [path.read_bytes() for path in write_report(tmp_path)]
+    assert command.report(argparse.Namespace(folder=tmp_path)) == 0
+    assert [path.read_bytes() for path in (tmp_path / "report.md", tmp_path / "report.html")] == first
+    page = (tmp_path / "report.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert {tag for tag, _ in tags.seen}.isdisjoint({"script", "b ", "i", "u", "link", "iframe"})
+    pictures = [attrs["src"] for tag, attrs in tags.seen if tag == "img"]
+    assert len(pictures) >= 5
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in pictures)
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page
+    table = (tmp_path / "report.md").read_text()
+    assert "3/3, 100 %" in table and "κ not measured" in table
+
+
+def test_no_summary_no_report(tmp_path):
+    with pytest.raises(UserError, match="Evaluate first"):
+        write_report(tmp_path)
