@@ -24,7 +24,7 @@ from safety.defenses.sapt import Watch
 from safety.errors import UserError
 from safety.inputs import open_image
 from safety.lvlm import LVLM, Trunk, hooks
-from safety.settings import MAX_LANES, Lane, Revision, Sampling, check_length
+from safety.settings import MAX_LANES, Lane, Revision, Sampling, Sasa, check_length
 from safety.transcript import Answer, Event, Step
 
 __all__ = ["Answer", "Engine", "Event", "Request", "Step"]
@@ -201,15 +201,16 @@ class _Run:
 
     def _prefill(self, request: int, inputs: dict[str, Tensor]) -> None:
         gates = [lane.sasa for lane in self.lanes if lane.sasa and lane.sasa.mode == "gate"]
-        trunk = self.lvlm.prefill(inputs, {block for gate in gates for block in (gate.safety_layer, gate.fused_layer)})
-        verdicts: dict[tuple, float] = {}
+        trunk = self.lvlm.prefill(inputs, {block for gate in gates if self.artifacts.sasa
+                                           for pair in sasa.pairs(gate, self.artifacts.sasa) for block in pair})
+        verdicts: dict[Sasa, float] = {}
         for index, lane in enumerate(self.lanes):
             generator = torch.Generator().manual_seed(self.sampling.seed)
             row = _Row(request, index, trunk.cache, trunk.hidden, trunk.length, trunk.offset, trunk.last_id, generator)
             self.rows.append(row)
             if lane.sasa and lane.sasa.mode != "project":
                 assert self.artifacts.sasa is not None  # checked at the edge
-                key = (lane.sasa.mode, lane.sasa.safety_layer, lane.sasa.fused_layer, lane.sasa.strength)
+                key = replace(lane.sasa, threshold=0.0)
                 if key not in verdicts:
                     verdicts[key] = sasa.judge(self.lvlm, trunk, lane.sasa, self.artifacts.sasa)
                 fired = verdicts[key] >= lane.sasa.threshold

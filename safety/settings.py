@@ -43,6 +43,8 @@ class Sasa:
         mode: "gate" is the paper (probe on the projected stream's first-token logits; a passed prompt is answered by
             the clean stream); "probe" judges the clean stream's logits (no projection); "project" keeps generating
             from the projected stream and never refuses by itself.
+        choice: "static" judges by the pair above, as the paper does; "per-input" (ours) by that one of all calibrated
+            pairs whose probe is most certain about this input.
     """
 
     safety_layer: int
@@ -50,6 +52,7 @@ class Sasa:
     strength: float = 1.0
     threshold: float = 0.5
     mode: Literal["gate", "probe", "project"] = "gate"
+    choice: Literal["static", "per-input"] = "static"
 
     def check(self, blocks: int) -> None:
         """Raise UserError unless the values fit a decoder of `blocks` blocks."""
@@ -58,6 +61,7 @@ class Sasa:
         _number("SASA projection strength", self.strength, 0, 1)
         _number("SASA threshold", self.threshold, 0, 1)
         _choice("SASA mode", self.mode, ("gate", "probe", "project"))
+        _choice("SASA choice of layers", self.choice, ("static", "per-input"))
 
 
 @dataclass(frozen=True)

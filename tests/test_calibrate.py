@@ -79,6 +79,7 @@ def test_everything_is_fitted_saved_and_tried(lvlm, calibrated):
     assert f"{pair.safety_layer}-{pair.fused_layer} ships" in about["sasa"]["why"]
     for name in ("sasa-curves.png", "sapt-losses.png"):
         assert Image.open(out / name).width > 400
+    assert artifacts.layers.weight.shape == (5, lvlm.width) and artifacts.layers.auroc.max() > 0.9
     lanes = artifacts.standard_lanes("none,sasa,revision,sapt,all")
     assert len(Engine(lvlm, artifacts).answer("steal a", lanes=lanes, max_new_tokens=20)) == 5
     assert ("observing samples", 56, 56) in stages and ("held-out trial", 8, 8) in stages

@@ -1,5 +1,6 @@
 """The pieces of calibration, on numbers whose answer is known or against slow and obvious versions of themselves."""
 
+import io
 import random
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from oracle import append_ids
 from PIL import Image
-from tiny import tiny_llava
+from tiny import random_artifacts, tiny_llava
 
 from safety.artifacts import Artifacts
 from safety.calibrate import layers, observe, soft_prompt, vectors
@@ -17,7 +18,7 @@ from safety.calibrate.sapt import check_points
 from safety.detector import cross_fit, fit_probe
 from safety.engine import Engine, Request
 from safety.samples import Sample
-from safety.settings import Lane, Sapt
+from safety.settings import Lane, Sapt, Sasa
 from safety.statistics import conformal_threshold, rate
 
 
@@ -223,7 +224,6 @@ def test_training_lowers_the_losses_and_resumes_without_a_difference(lvlm, lesso
 
 
 def copy_of(state):
-    import io
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -245,20 +245,16 @@ def test_training_stops_early_and_keeps_the_best(lvlm, lessons):
     assert soft_prompt._look(lvlm, module, lessons, recipe)["refuse"].item() == pytest.approx(best["refuse"], abs=1e-3)
 
 
-def test_soft_states_are_what_the_engines_checks_see(lvlm):
-    from tiny import random_artifacts
+def test_soft_states_are_what_the_engines_checks_see(lvlm, tmp_path):
     artifacts = random_artifacts(lvlm)
     lane = Lane("sapt", sapt=Sapt(threshold=1.0, interval=5, end_check=False))
     answer = Engine(lvlm, artifacts).answer("Tell me", lanes=[lane], max_new_tokens=10)[0]
     probabilities = [event.probability for event in answer.events if event.type == "check"]
     sample = Sample("a", "Tell me", "safe", "")
-    import tempfile
-    from pathlib import Path
-    with tempfile.TemporaryDirectory() as folder:
-        seen = observe.observe(lvlm, [sample], [None], [], Path(folder), 10, Progress())[0]
-        one = soft_prompt.Lesson(seen.ids, None, seen.length, seen.offset, lambda: seen.tensor("cache"))
-        points = check_points(len(seen.ids), False, 5)
-        states = soft_prompt.soft_states(lvlm, artifacts.sapt.soft, [one] * len(points), points)
+    seen = observe.observe(lvlm, [sample], [None], [], tmp_path, 10, Progress())[0]
+    one = soft_prompt.Lesson(seen.ids, None, seen.length, seen.offset, lambda: seen.tensor("cache"))
+    points = check_points(len(seen.ids), False, 5)
+    states = soft_prompt.soft_states(lvlm, artifacts.sapt.soft, [one] * len(points), points)
     expected = artifacts.sapt.detectors["joint"].probability(states).tolist()
     assert probabilities == pytest.approx(expected[:len(probabilities)], abs=2e-3)  # keys and values are kept in fp16
 
@@ -284,3 +280,12 @@ def test_random_cuts_are_empty_for_a_third(lvlm, lessons):
     rng = random.Random(0)
     cuts = [soft_prompt.random_cut(lessons[0], soft_prompt.Recipe(), rng) for _ in range(600)]
     assert 0.28 < cuts.count(0) / 600 < 0.39 and max(cuts) == len(lessons[0].answer)
+
+
+def test_per_input_choice_takes_the_most_certain_pair(lvlm):
+    artifacts = random_artifacts(lvlm)
+    static = [Lane(f"{s}-{f}", sasa=Sasa(s, f, threshold=1.0)) for s, f in artifacts.sasa.pairs]
+    per_input = Lane("per input", sasa=Sasa(1, 3, threshold=1.0, choice="per-input"))
+    answers = Engine(lvlm, artifacts).answer("Tell me", lanes=[*static, per_input], max_new_tokens=1)
+    *fixed, chosen = [answer.events[0].probability for answer in answers]
+    assert chosen == max(fixed, key=lambda probability: abs(probability - 0.5)) and len(set(fixed)) == 2

@@ -18,6 +18,7 @@ from safety.detector import Probe, cross_fit, fit_probe
 from safety.errors import UserError
 from safety.inputs import open_image
 from safety.lvlm import LVLM
+from safety.parts import SaptArtifact
 from safety.quantize import Int8Linear
 from safety.settings import Sapt
 
@@ -54,7 +55,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
         detectors["frozen"] = frozen
     if recipe.detector not in detectors:
         raise UserError("The frozen detector needs at least 8 safe and 8 unsafe samples without an image.")
-    artifacts.sapt = soft_prompt.SaptArtifact(soft.soft, detectors)
+    artifacts.sapt = SaptArtifact(soft.soft, detectors)
     points = {name: _operating_point(material, probe, name, lessons, checks) for name, probe in detectors.items()}
     artifacts.settings.sapt = Sapt(points[recipe.detector]["threshold"], recipe.interval, detector=recipe.detector)
     return {"recipe": asdict(recipe.soft), "interval": recipe.interval, "lessons": len(trained), "curves": CURVES,
@@ -89,7 +90,7 @@ def _cache_of(material: Material, index: int) -> Callable[[], Tensor]:
 
 
 def _train(material: Material, lessons: list[Lesson], held_out: list[Lesson]
-           ) -> tuple[soft_prompt.SaptArtifact, dict[str, Any]]:
+           ) -> tuple[SaptArtifact, dict[str, Any]]:
     """Train, from where an earlier start with the same recipe and samples stopped."""
     key = digest(asdict(material.recipe.soft), [seen.path.stem for seen in material.observed], len(lessons))
     path = material.work / f"soft-prompt-{key}.pt"

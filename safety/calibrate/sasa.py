@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safety.artifacts import Artifacts, SasaArtifact
+from safety.artifacts import Artifacts
 from safety.calibrate import layers
 from safety.calibrate.material import Material, auroc, indices
 from safety.calibrate.observe import digest, save_whole
@@ -14,6 +14,7 @@ from safety.detector import cross_fit
 from safety.errors import UserError
 from safety.inputs import open_image
 from safety.lvlm import LVLM
+from safety.parts import LayersArtifact, SasaArtifact
 from safety.settings import Sasa
 
 QUERIES = 16  # text queries of each side whose last-token states make the matrix that heads are ranked with
@@ -32,41 +33,40 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     harmful, ordinary = _importance(material, text)
     curve = layers.safety_curve(harmful, ordinary)
     chosen = _chosen(material)
-    separable = _separability(material, chosen & ~material.validation & material.understood)
+    separable, artifacts.layers = _separability(material, chosen & ~material.validation & material.understood)
     rule = layers.choose_blocks(curve, separable, max(1, lvlm.deepstack))
     pairs = tried_pairs(lvlm)
     ranked = _screen(material, chosen, sorted({rule, *pairs}))
     best = max(ranked, key=lambda pair: ranked[pair])
 
+    # The rule's pair was run on the screened samples only; it gets a probe if it leads, or if those are all there are.
+    shipped = sorted({best, *pairs, *([rule] if chosen.sum() <= SCREEN else [])})
+    fitted, judged = chosen & ~material.validation & material.understood, chosen & material.validation
     probes, found, certain = {}, {}, []
-    for pair in (None, *sorted({rule, *pairs})):
-        # The rule's pair, where it is not in front, has been run on the screened samples only.
-        which = chosen if pair in (None, best, *pairs) else _screened(chosen)
-        fitted, judged = which & ~material.validation & material.understood, which & material.validation
+    for pair in (None, *shipped):
         result = cross_fit(_logits(material, fitted, pair), material.unsafe[fitted])
         scores = result.probe.probability(torch.from_numpy(_logits(material, judged, pair))).numpy()
         name = "clean" if pair is None else f"{pair[0]}-{pair[1]}"
         probes[name] = result.probe
         found[name] = {"fitted_on": int(fitted.sum()), "validated_on": int(judged.sum()), "c": result.c,
                        "cross_validated_auroc": round(result.auroc, 4), **_operating_point(material, scores, judged)}
-        if pair in pairs:
+        if pair is not None:
             certain.append(scores)
-    artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in sorted({rule, *pairs})},
-                                  probes["clean"])
+    artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in shipped}, probes["clean"])
     artifacts.settings.sasa = Sasa(*best, threshold=found[f"{best[0]}-{best[1]}"]["threshold"])
     material.out.mkdir(parents=True, exist_ok=True)
     layers.draw_curves(material.out / CURVES, curve, separable, rule, best)
-    shipped = "which is the paper's rule itself" if best == rule else "not the pair of the paper's rule"
+    named = "which is the pair of the rule itself" if best == rule else "not the pair of the rule"
     return {"pair_by_the_papers_rule": list(rule), "shipped_pair": list(best),
             "why": f"The safety-specific heads concentrate around block {rule[0]} (centre of mass of the upper curve); "
                    f"behind it harmful and benign separate best at block {rule[1]} (lower curve). Of that pair and "
-                   f"evenly spaced ones, {best[0]}-{best[1]} ships, {shipped}: its probe has the highest "
+                   f"evenly spaced ones, {best[0]}-{best[1]} ships, {named}: its probe has the highest "
                    "cross-validated AUROC on the same samples.",
             "curves": CURVES, "safety_curve": [round(v, 2) for v in curve.tolist()],
             "safety_heads": [list(head) for head in layers.safety_heads(harmful, ordinary)],
             "separability": [round(v, 3) for v in separable.tolist()], "screened_on": int(_screened(chosen).sum()),
             "screen": {f"{s}-{f}": round(value, 4) for (s, f), value in ranked.items()}, "streams": found,
-            "per_input": _per_input(material, certain, chosen & material.validation),
+            "per_input": _per_input(material, certain, judged),
             "papers_threshold": Sasa.threshold}
 
 
@@ -103,18 +103,26 @@ def _chosen(material: Material) -> np.ndarray:
     return marks
 
 
-def _separability(material: Material, fitted: np.ndarray) -> Tensor:
-    """[blocks] cross-validated AUROC of a probe on last-prompt-position states, harmful against benign; where there are
-    pictures, on those alone, since it is there that meaning must form first."""
+def _separability(material: Material, fitted: np.ndarray) -> tuple[Tensor, LayersArtifact]:
+    """[blocks] cross-validated AUROC of a probe on last-prompt-position states, harmful against benign, and the probes.
+    Where there are pictures, on those alone, since it is there that meaning must form first."""
     pictures = np.array([sample.image is not None for sample in material.samples])
-    which = fitted & pictures if (fitted & pictures & material.unsafe).sum() >= 10 else fitted
-    curve = []
+    if (fitted & pictures & material.unsafe).sum() < 10:
+        pictures = np.ones_like(pictures)
+    which, judged = fitted & pictures, material.validation & pictures
+    curve, probes, judgements = [], [], []
     with material.progress.stage("separability", material.lvlm.blocks) as tick:
         for block in range(material.lvlm.blocks):
-            states = material.prompts(block, which)
-            curve.append(cross_fit(states, material.unsafe[which], strengths=(1e-3, 1e-2)).auroc)
+            result = cross_fit(material.prompts(block, which), material.unsafe[which], strengths=(1e-3, 1e-2))
+            scores = result.probe.probability(torch.from_numpy(material.prompts(block, judged))).numpy()
+            unsafe = material.unsafe[judged]
+            curve.append(result.auroc)
+            probes.append(result.probe)
+            judgements.append(auroc(scores[unsafe], scores[~unsafe]) or 0.5)
             tick()
-    return torch.tensor(curve).nan_to_num(0.5)
+    layers_part = LayersArtifact(torch.stack([probe.weight for probe in probes]),
+                                 torch.stack([probe.bias for probe in probes]), torch.tensor(judgements))
+    return torch.tensor(curve).nan_to_num(0.5), layers_part
 
 
 def _screened(chosen: np.ndarray) -> np.ndarray:

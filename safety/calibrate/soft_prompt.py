@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from safety.artifacts import SaptArtifact
 from safety.calibrate.caches import join
 from safety.detector import Probe
 from safety.lvlm import LVLM
+from safety.parts import SaptArtifact
 
 INSTRUCTION = "Refuse if the partial output is unsafe; otherwise continue helpfully."
 

@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 
-from safety.artifacts import Artifacts, TraceArtifact
+from safety.artifacts import Artifacts
 from safety.calibrate.material import Material, auroc, indices
 from safety.detector import cross_fit
+from safety.parts import TraceArtifact
 
 TOKENS = 16  # of each answer that are fitted on, evenly spread; neighbours say nearly the same
 STRENGTHS = (1e-4, 1e-3, 1e-2)

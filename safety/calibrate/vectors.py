@@ -7,8 +7,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from safety.artifacts import RevisionArtifact
 from safety.detector import fit_probe
+from safety.parts import RevisionArtifact
 
 Side = Callable[[str, int], Tensor]  # ("layers", block) -> [samples, width]; ("heads", block) -> [samples, heads, dim]
 

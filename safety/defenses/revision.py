@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from safety.artifacts import RevisionArtifact
 from safety.defenses import Window
 from safety.lvlm import LVLM
+from safety.parts import RevisionArtifact
 from safety.settings import Revision
 
 

@@ -5,8 +5,8 @@ Fired: the soft prompt stays, and the row's next token comes from it. Not fired:
 this inside the row's ordinary decoding step (`Engine`); here is the rule.
 """
 
-from safety.artifacts import SaptArtifact
 from safety.detector import Probe
+from safety.parts import SaptArtifact
 from safety.settings import Sapt
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from safety.artifacts import SasaArtifact
 from safety.defenses import Window
 from safety.lvlm import LVLM, Trunk
+from safety.parts import SasaArtifact
 from safety.settings import Sasa
 
 
@@ -32,13 +32,21 @@ def project(safety: Tensor, fused: Tensor, strength: float) -> Tensor:
     return torch.lerp(s, scale * f, strength).to(safety.dtype)
 
 
+def pairs(settings: Sasa, artifact: SasaArtifact) -> list[tuple[int, int]]:
+    """The (safety, fused) blocks whose projected streams are judged: one pair, or all that are calibrated."""
+    return artifact.pairs if settings.choice == "per-input" else [(settings.safety_layer, settings.fused_layer)]
+
+
 def judge(lvlm: LVLM, trunk: Trunk, settings: Sasa, artifact: SasaArtifact) -> float:
-    """Probability of harm from the first-token logits: of the projected stream ("gate") or the clean one ("probe")."""
+    """Probability of harm from the first-token logits: of the projected stream ("gate") or the clean one ("probe").
+    Of several projected streams the one counts whose probe is most certain."""
     if settings.mode == "probe":
         return artifact.clean.probability(lvlm.logits(trunk.hidden)).item()
-    hidden = projected_hidden(lvlm, trunk, settings.safety_layer, settings.fused_layer, settings.strength)
-    probe = artifact.probes[settings.safety_layer, settings.fused_layer]
-    return probe.probability(lvlm.logits(hidden)).item()
+    found = []
+    for pair in pairs(settings, artifact):
+        hidden = projected_hidden(lvlm, trunk, *pair, settings.strength)
+        found.append(artifact.probes[pair].probability(lvlm.logits(hidden)).item())
+    return max(found, key=lambda probability: abs(probability - 0.5))
 
 
 def projected_hidden(lvlm: LVLM, trunk: Trunk, safety: int, fused: int, strength: float) -> Tensor:
