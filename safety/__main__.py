@@ -1,4 +1,4 @@
-"""python -m safety generate | calibrate | evaluate | report | bench | mini"""
+"""python -m safety generate | calibrate | evaluate | report | artifacts | bench | mini"""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate = commands.add_parser("generate", help="answer one or many requests in several lanes")
     _add_generate(generate)
     calibrate = commands.add_parser("calibrate", help="fit the three defenses and the trace detector for a model")
-    _add_model(calibrate)
+    _add_model(calibrate, revision=False)  # there, --revision is a defense
     from safety.calibrate import run as calibration
     calibration.add_arguments(calibrate)
     evaluate = commands.add_parser("evaluate", help="measure every lane on attacks and on benign requests")
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from safety.evaluate import command as evaluation
     evaluation.add_arguments(evaluate)
     evaluation.add_report_arguments(commands.add_parser("report", help="write an evaluation's report again"))
+    from safety import share
+    share.add_arguments(commands.add_parser("artifacts", help="list, push, pull or transfer artifacts"), _add_model)
     bench = commands.add_parser("bench", help="measure speed ratios on this machine")
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     bench.add_argument("--repeats", type=int, default=5, help="measurements of each row (default 5)")
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return evaluation.evaluate(_load(arguments), arguments)
         if arguments.command == "report":
             return evaluation.report(arguments)
+        if arguments.command == "artifacts":
+            return share.run(arguments, lambda: _load(arguments))
         if arguments.command == "bench":
             from safety.bench import run as run_bench
             return run_bench(arguments.repeats, arguments.json)
@@ -57,9 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, revision: bool = True) -> None:
     parser.add_argument("--model", default="miniature", help="miniature (default), a Hugging Face id, or a folder")
     parser.add_argument("--quantization", help="none, bf16, int8 or nf4 (default: what is fastest here)")
+    if revision:
+        parser.add_argument("--revision", dest="model_revision", metavar="REVISION",
+                            help="branch, tag or commit on the Hub; --model owner/name@REVISION says the same")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +87,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> Any:
     from safety.loading import load
-    return load(arguments.model, arguments.quantization, progress=lambda message: print(message, file=sys.stderr))
+    return load(arguments.model, arguments.quantization, getattr(arguments, "model_revision", None),
+                progress=lambda message: print(message, file=sys.stderr))
 
 
 def _generate(arguments: argparse.Namespace) -> int:

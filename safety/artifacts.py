@@ -7,7 +7,7 @@ and how it was all made (sample recipe, metrics, date, library versions). Loadin
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,25 +136,8 @@ def load_artifacts(lvlm: LVLM, folder: Path | str | None = None) -> Artifacts:
             return Artifacts()
     folder = Path(folder)
     config = read_config(folder)
-    try:
-        _compare(folder, config["fingerprint"], fingerprint(lvlm))
-        tensors = {name.removesuffix(".safetensors"): read_tensors(folder, name, digest)
-                   for name, digest in config["files"].items()}
-        artifacts = _assemble(tensors, config, lvlm)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"The artifact file {error.filename} is missing. Restore it or calibrate again.") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, safetensors.SafetensorError) as error:
-        raise UserError(f"The artifacts in {folder} are damaged ({type(error).__name__}: {error}). "
-                        "Restore them or calibrate again.") from error
-    for name in DEFENSES:
-        if (getattr(artifacts, name) is None) != (getattr(artifacts.settings, name) is None):
-            raise UserError(f"The artifacts in {folder} have {name} tensors without settings or the reverse. "
-                            "Calibrate again.")
-    for lane in [artifacts.standard_lanes(name)[0] for name in DEFENSES if getattr(artifacts, name) is not None]:
-        artifacts.check(lane, lvlm.blocks)
-    return artifacts
+    _compare(folder, config["fingerprint"], fingerprint(lvlm))
+    return _read(folder, config, lvlm)
 
 
 @dataclass(frozen=True)
@@ -184,6 +167,34 @@ def artifact_folders(lvlm: LVLM, root: Path | None = None) -> list[Found]:
             except (OSError, ValueError, TypeError):
                 continue
     return sorted(found, key=lambda item: item.reason != "")
+
+
+def transfer_revision(source: Path, lvlm: LVLM, into: Artifacts) -> Artifacts:
+    """The artifacts `into` of a model, with the revision vectors and settings of another model's artifacts.
+
+    Vectors mean something only in the space that they were fitted in, so this is an experiment, and `about` says where
+    they came from; the model should be a relative of the other one (another tuning of the same language model).
+
+    Raises:
+        UserError: the source is damaged, has no revision vectors, or the models' shapes differ; says which.
+    """
+    config = read_config(source)
+    there, here = config["fingerprint"], fingerprint(lvlm)
+    wrong = [f"{key} is {there.get(key)!r} there and {here[key]!r} here"
+             for key in ("blocks", "width", "heads", "head_dim") if there.get(key) != here[key]]
+    if wrong:
+        raise UserError(f"The revision vectors in {source} do not fit {lvlm.name}: {'; '.join(wrong)}. Vectors can be "
+                        "transferred between models of one shape only: calibrate revision for this one.")
+    name = "revision.safetensors"
+    if name not in config["files"] or "revision" not in config["settings"]:
+        raise UserError(f"The artifacts in {source} have no revision vectors to transfer.")
+    # Read as the whole would be, but for the fingerprint, which is that of another model on purpose.
+    config |= {"files": {name: config["files"][name]}, "fingerprint": here}
+    other = _read(source, config, lvlm)
+    about = {key: value for key, value in into.about.items() if key != "held_out"}  # measured on the old vectors
+    about["revision"] = {"transferred_from": there, **dict(other.about.get("revision") or {})}
+    return replace(into, revision=other.revision, settings=replace(into.settings, revision=other.settings.revision),
+                   about=about)
 
 
 def default_folder(lvlm: LVLM) -> Path:
@@ -235,6 +246,28 @@ def _compare(folder: Path, expected: Mapping[str, Any], actual: Mapping[str, Any
     if wrong:
         raise UserError(f"The artifacts in {folder} were calibrated for another model: {'; '.join(wrong)}. "
                         "Load that model, or calibrate for this one.")
+
+
+def _read(folder: Path, config: dict[str, Any], lvlm: LVLM) -> Artifacts:
+    """The artifacts that a config lists, checked against the model and their settings."""
+    try:
+        tensors = {name.removesuffix(".safetensors"): read_tensors(folder, name, digest)
+                   for name, digest in config["files"].items()}
+        artifacts = _assemble(tensors, config, lvlm)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"The artifact file {error.filename} is missing. Restore it or calibrate again.") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, safetensors.SafetensorError) as error:
+        raise UserError(f"The artifacts in {folder} are damaged ({type(error).__name__}: {error}). "
+                        "Restore them or calibrate again.") from error
+    for name in DEFENSES:
+        if (getattr(artifacts, name) is None) != (getattr(artifacts.settings, name) is None):
+            raise UserError(f"The artifacts in {folder} have {name} tensors without settings or the reverse. "
+                            "Calibrate again.")
+    for lane in [artifacts.standard_lanes(name)[0] for name in DEFENSES if getattr(artifacts, name) is not None]:
+        artifacts.check(lane, lvlm.blocks)
+    return artifacts
 
 
 def _assemble(tensors: dict[str, dict[str, Tensor]], config: dict[str, Any], lvlm: LVLM) -> Artifacts:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safety.artifacts import CONFIG, PARTS, read_config, read_tensors
+from safety.card import CARD, write_card
 from safety.errors import UserError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # configuration, tokenizer, processor, list of weight files
@@ -109,3 +111,43 @@ def _bar_class(name: str, progress: Progress) -> type:
                 told = self.n / self.total
                 progress(f"Downloading {name}: {self.n / 1e9:.1f} of {self.total / 1e9:.1f} GB ({told:.0%})")
     return Bar
+
+
+def push(folder: Path, name: str, private: bool = False) -> str:
+    """Upload a folder of artifacts, and a model card made from it, to the Hub; returns the address.
+
+    Only what belongs to the artifacts is uploaded, once it has been found whole; the repository is made if need be.
+
+    Raises:
+        UserError: the artifacts are damaged, nobody is logged in, or the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    config = read_config(folder)
+    for file, digest in config["files"].items():
+        read_tensors(folder, file, digest)
+    write_card(folder, config, name)
+    pictures = [path.name for path in folder.glob("*.png")]
+    with sentences(name):
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload calibrated artifacts",
+                          allow_patterns=[CONFIG, CARD, *config["files"], *pictures])
+    return f"{api.endpoint}/{name}"
+
+
+def pull(name: str, revision: str | None = None) -> Path:
+    """Download a repository of artifacts; returns its folder in the Hub cache, for `load_artifacts`.
+
+    Files that an artifact does not have, whatever they are, are not fetched.
+
+    Raises:
+        UserError: it is not there, cannot be reached, is damaged, or holds no artifacts.
+    """
+    folder = _snapshot(name, revision, [CONFIG, *(f"{part}.safetensors" for part in PARTS), "*.md", "*.png"])
+    config = read_config(folder)
+    for file, digest in config["files"].items():
+        try:
+            read_tensors(folder, file, digest)
+        except FileNotFoundError as error:
+            raise UserError(f"{name} is incomplete on the Hugging Face Hub: {file} is missing.") from error
+    return folder
