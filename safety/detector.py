@@ -23,7 +23,11 @@ class Probe:
 
     def probability(self, x: Tensor) -> Tensor:
         """x [..., features], any float dtype -> fp32 [...], on the device of `x`."""
-        return torch.sigmoid(x.float() @ self.weight.to(x.device) + self.bias.to(x.device))
+        return torch.sigmoid(self.log_odds(x))
+
+    def log_odds(self, x: Tensor) -> Tensor:
+        """x [..., features], any float dtype -> fp32 [...], on the device of `x`: <weight, x> + bias."""
+        return x.float() @ self.weight.to(x.device) + self.bias.to(x.device)
 
     def to(self, device: torch.device) -> "Probe":
         """The same probe on another device."""

@@ -63,6 +63,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     said: int = 0  # characters of text already emitted
+    log_odds: float | None = None  # of harm, as the trace follows it
 
 
 class Engine:
@@ -170,7 +171,7 @@ class _Run:
             hidden = torch.stack([row.hidden for row in self.rows])
             logits = self.lvlm.logits(hidden)
             trace = self.artifacts.trace
-            harm = trace.probe.probability(hidden).tolist() if trace else [None] * len(self.rows)
+            log_odds = trace.probe.log_odds(hidden).tolist() if trace else []
             total = logits.logsumexp(-1)
             likeliest = logits.topk(min(ALTERNATIVES, logits.shape[-1]))
             chances = (likeliest.values - total[:, None]).exp().tolist()
@@ -186,7 +187,9 @@ class _Run:
                     tokens.append(None)
                     checks.append(True)
                     continue
-                step = self._emit(row, token, harm[number], time.perf_counter() - began, prefill_seconds)
+                if trace:
+                    row.log_odds = trace.follow(row.log_odds, log_odds[number])
+                step = self._emit(row, token, time.perf_counter() - began, prefill_seconds)
                 others = [(self.lvlm.text([other]), p) for other, p in zip(ids[number], chances[number], strict=True)]
                 step = replace(step, probability=(logits[number, token] - total[number]).exp().item(),
                                alternatives=tuple(others), prompt_tokens=row.length)
@@ -304,8 +307,9 @@ class _Run:
         ranked = ranked * (ranked.cumsum(-1) - ranked < self.sampling.top_p)  # the smallest set that holds top_p
         return int(order[torch.multinomial(ranked, 1, generator=row.generator)])
 
-    def _emit(self, row: _Row, token: int, harm: float | None, seconds: float, prefill_seconds: float) -> Step:
+    def _emit(self, row: _Row, token: int, seconds: float, prefill_seconds: float) -> Step:
         index = len(row.ids)
+        harm = None if row.log_odds is None else torch.tensor(row.log_odds).sigmoid().item()
         row.ids.append(token)
         finish: Literal["eos", "length", "gate"] | None = None
         if row.gated and not row.forced:

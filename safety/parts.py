@@ -111,19 +111,28 @@ class SaptArtifact:
 
 @dataclass
 class TraceArtifact:
-    """probe: P(harm) of the post-norm state [width] from which a token is chosen; threshold: where a line is drawn."""
+    """probe: on the post-norm state [width] from which a token is chosen; threshold: where a line is drawn; memory in
+    [0, 1): how much of the log-odds so far is kept at each token (0: every token is judged alone)."""
 
     probe: Probe
     threshold: float
+    memory: float = 0.0
+
+    def follow(self, before: float | None, log_odds: float) -> float:
+        """Running log-odds of harm after one more token; `before` is None at an answer's first token."""
+        return log_odds if before is None else self.memory * before + (1 - self.memory) * log_odds
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored as tensors; the threshold is a setting."""
-        return _probe_tensors({"trace": self.probe})
+        return {**_probe_tensors({"trace": self.probe}), "memory": torch.tensor(self.memory)}
 
     @classmethod
     def read(cls, tensors: Tensors, lvlm: LVLM, threshold: float) -> "TraceArtifact":
         """From what was stored; raises UserError where it does not fit the model."""
-        return cls(_read_probe(tensors, "trace", lvlm.width, lvlm.device), threshold)
+        memory = float(tensors["memory"]) if "memory" in tensors else 0.0
+        if not 0 <= memory < 1:
+            raise UserError(f"The trace's memory must lie between 0 and 1, but it is {memory:g}. Calibrate again.")
+        return cls(_read_probe(tensors, "trace", lvlm.width, lvlm.device), threshold, memory)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import random_artifacts, tiny_llava
 
 from safety.artifacts import Artifacts
-from safety.calibrate import layers, observe, soft_prompt, vectors
+from safety.calibrate import layers, observe, soft_prompt, trace, vectors
 from safety.calibrate.caches import join, pack
 from safety.calibrate.progress import Cancelled, Progress
 from safety.calibrate.sapt import check_points
@@ -289,3 +289,17 @@ def test_per_input_choice_takes_the_most_certain_pair(lvlm):
     answers = Engine(lvlm, artifacts).answer("Tell me", lanes=[*static, per_input], max_new_tokens=1)
     *fixed, chosen = [answer.events[0].probability for answer in answers]
     assert chosen == max(fixed, key=lambda probability: abs(probability - 0.5)) and len(set(fixed)) == 2
+
+
+def test_the_trace_remembers_as_it_was_fitted(lvlm, tmp_path):
+    artifacts = random_artifacts(lvlm)
+    artifacts.trace.memory = 0.7
+    answer = Engine(lvlm, artifacts).answer("Tell me", lanes=[Lane("none")], max_new_tokens=6)[0]
+    seen = observe.observe(lvlm, [Sample("a", "Tell me", "safe", "")], [None], [], tmp_path, 6, Progress())[0]
+    log_odds = artifacts.trace.probe.log_odds(seen.tensor("states")).tolist()
+    running = [log_odds[0]]
+    for value in log_odds[1:]:
+        running.append(0.7 * running[-1] + 0.3 * value)
+    assert answer.harm == pytest.approx(torch.tensor(running).sigmoid().tolist()[:len(answer.harm)], abs=1e-4)
+    followed = trace.follow(artifacts.trace, seen.tensor("states")).tolist()
+    assert answer.harm == pytest.approx(followed[:len(answer.harm)], abs=1e-4)

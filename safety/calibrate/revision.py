@@ -26,7 +26,7 @@ from safety.settings import MAX_LANES, Lane, Revision
 DEPTHS = (0.35, 0.5, 0.65, 0.8)
 STRENGTHS = {"head": (1.0, 2.0, 4.0), "layer": (0.25, 0.5, 1.0)}
 FIRST_LOOK, LONG_LOOK = 8, 36  # validation samples of each side on which all, and the best, candidates are tried
-FINALISTS = 6
+FINALISTS = 5
 TOKENS = 24  # of an answer: a refusal comes at its beginning
 LOST = 0.03  # helpful benign answers that a candidate may cost, more than chance lets through
 
@@ -113,7 +113,7 @@ def _choose(material: Material, artifacts: Artifacts) -> tuple[Revision, list[di
     first = _try(material, artifacts, candidates, FIRST_LOOK, "revision: first look")
     order = sorted(range(len(candidates)), key=lambda i: -first[i]["gain"] + 2 * max(0.0, first[i]["lost"]))
     finalists = [candidates[i] for i in order[:FINALISTS]]
-    finalists += [replace(candidate, vector="pwd") for candidate in finalists[:2]]
+    finalists += [replace(candidate, vector="pwd") for candidate in finalists[:1]]
     rows = _try(material, artifacts, finalists, LONG_LOOK, "revision: long look")
     gentle = [i for i, row in enumerate(rows) if row["lost"] <= LOST and row["gain"] > 0]
     if gentle:

@@ -17,9 +17,9 @@ from safety.lvlm import LVLM
 from safety.parts import LayersArtifact, SasaArtifact
 from safety.settings import Sasa
 
-QUERIES = 16  # text queries of each side whose last-token states make the matrix that heads are ranked with
+QUERIES = 8  # text queries of each side whose last-token states make the matrix that heads are ranked with
 DEPTHS = (0.53, 0.67, 0.8)  # of the pairs that are tried beside the paper's rule; f lies two blocks behind s
-SCREEN = 160  # samples on which the rule's pair and the others are compared
+SCREEN = 120  # samples on which the rule's pair and the others are compared
 CURVES = "sasa-curves.png"
 
 

@@ -31,10 +31,10 @@ class Recipe:
     length: int = 4
     benign_weight: float = 1.0  # alpha
     detector_weight: float = 0.05  # beta, of the released code
-    learning_rate: float = 3e-3  # 1e-4 in the paper, for 7B models and more steps
+    learning_rate: float = 5e-3  # 1e-4 in the paper, for 7B models and more steps
     weight_decay: float = 0.01
     batch: int = 8
-    steps: int = 300  # at most
+    steps: int = 200  # at most
     check_every: int = 25  # ours: steps between looks at held-out pairs …
     patience: int = 3  # … and looks without a better loss after which training stops
     target_tokens: int = 16  # ours: targets are cut, the first words decide
