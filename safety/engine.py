@@ -63,6 +63,7 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     said: int = 0  # characters of text already emitted
+    layers: tuple[float, ...] = ()  # P(harm) of the prompt behind each block, for the row's first step
     log_odds: float | None = None  # of harm, as the trace follows it
 
 
@@ -192,7 +193,8 @@ class _Run:
                 step = self._emit(row, token, time.perf_counter() - began, prefill_seconds)
                 others = [(self.lvlm.text([other]), p) for other, p in zip(ids[number], chances[number], strict=True)]
                 step = replace(step, probability=(logits[number, token] - total[number]).exp().item(),
-                               alternatives=tuple(others), prompt_tokens=row.length)
+                               alternatives=tuple(others), prompt_tokens=row.length,
+                               layers=row.layers if step.index == 0 else ())
                 yield step
                 if step.finish is None:
                     alive.append(number)
@@ -204,12 +206,15 @@ class _Run:
 
     def _prefill(self, request: int, inputs: dict[str, Tensor]) -> None:
         gates = [lane.sasa for lane in self.lanes if lane.sasa and lane.sasa.mode == "gate"]
-        trunk = self.lvlm.prefill(inputs, {block for gate in gates if self.artifacts.sasa
-                                           for pair in sasa.pairs(gate, self.artifacts.sasa) for block in pair})
+        with self._block_ends() as ends:
+            trunk = self.lvlm.prefill(inputs, {block for gate in gates if self.artifacts.sasa
+                                               for pair in sasa.pairs(gate, self.artifacts.sasa) for block in pair})
+        depths = self._depths(ends)
         verdicts: dict[Sasa, float] = {}
         for index, lane in enumerate(self.lanes):
             generator = torch.Generator().manual_seed(self.sampling.seed)
             row = _Row(request, index, trunk.cache, trunk.hidden, trunk.length, trunk.offset, trunk.last_id, generator)
+            row.layers = depths
             self.rows.append(row)
             if lane.sasa and lane.sasa.mode != "project":
                 assert self.artifacts.sasa is not None  # checked at the edge
@@ -232,6 +237,23 @@ class _Run:
                 row.watch = Watch(lane.sapt, self.artifacts.sapt)
             if row.band or (row.revision and row.revision.positions == "all"):
                 self._own_prefill(row, trunk)
+
+    @contextmanager
+    def _block_ends(self) -> Iterator[list[Tensor]]:
+        """Inside, collect [width]: each block's output at the last position; nothing where no block has a probe."""
+        ends: list[Tensor] = []
+        with hooks() as add:
+            for layer in self.lvlm.layers if self.artifacts.layers else ():
+                add(layer.register_forward_hook(lambda module, args, output: ends.append(output[0, -1])))
+            yield ends
+
+    def _depths(self, ends: list[Tensor]) -> tuple[float, ...]:
+        """P(harm) behind each block."""
+        probes = self.artifacts.layers
+        if probes is None:
+            return ()
+        states = torch.stack([end.to(probes.weight.device) for end in ends]).float()
+        return tuple(torch.sigmoid((states * probes.weight).sum(-1) + probes.bias).tolist())
 
     def _own_prefill(self, row: _Row, trunk: Trunk) -> None:
         """This row's edits reach into the prompt: run the decoder on the prompt's embeddings once more, for it."""

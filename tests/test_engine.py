@@ -12,6 +12,7 @@ from tiny import random_artifacts, tiny_llava
 
 from safety.engine import REFUSAL, Engine, Request
 from safety.errors import UserError
+from safety.parts import LayersArtifact
 from safety.settings import Lane, Revision, Sampling, Sapt, Sasa
 
 STEPS = 24
@@ -268,3 +269,20 @@ def test_a_step_names_the_likeliest_tokens_and_its_own_chance(lvlm, engine):
         assert step.probability == pytest.approx(chances[0]) and step.prompt_tokens > 3
     forced = next(step for step in steps if step.lane == 1)  # not what the model would have said
     assert forced.probability is not None and forced.probability < forced.alternatives[0][1]
+
+
+def test_the_first_step_says_where_in_the_model_harm_shows(lvlm, engine):
+    weight, bias = torch.randn(lvlm.blocks, lvlm.width), torch.randn(lvlm.blocks)
+    artifacts = replace(engine.artifacts, layers=LayersArtifact(weight, bias, torch.ones(lvlm.blocks)))
+    inputs = lvlm.prepare(PROMPT, None, 2)
+    with torch.inference_mode():  # transformers' own taps; the last entry is behind the norm, so it is left out
+        states = lvlm.model(**inputs, output_hidden_states=True).hidden_states[1:-1]
+    expected = [torch.sigmoid(state[0, -1] @ w + b).item() for state, w, b in zip(states, weight, bias, strict=False)]
+    before = hook_count(lvlm)  # transformers leaves its own
+    steps = list(Engine(lvlm, artifacts).stream(PROMPT, lanes=[LANES["none"], LANES["gate fires"]], max_new_tokens=2))
+    for step in steps:
+        assert len(step.layers) == (lvlm.blocks if step.index == 0 else 0)
+        if step.index == 0:
+            assert step.layers[:-1] == pytest.approx(expected, abs=1e-5)
+    assert hook_count(lvlm) == before
+    assert all(step.layers == () for step in engine.stream(PROMPT, lanes=[LANES["none"]], max_new_tokens=2))
