@@ -1,8 +1,11 @@
 """The front door: load a model, build the page, serve it. `python app.py --help` lists the flags."""
 
-import argparse
-import importlib
 import os
+
+if os.environ.get("SPACES_ZERO_GPU"):  # on a Space with ZeroGPU: before torch and gradio, it lends them its GPU
+    import spaces  # noqa: F401
+
+import argparse
 import socket
 import sys
 import time
@@ -10,10 +13,7 @@ from typing import Any
 
 from safety.errors import UserError
 
-
-def zero_gpu() -> bool:
-    """Does this process run on a Space with ZeroGPU?"""
-    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+ZERO_GPU = "spaces" in sys.modules
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -30,7 +30,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=("none", "bf16", "int8", "nf4"),
         help="default: what suits the device",
     )
-    parser.add_argument("--revision", default=given("DEMO_REVISION"), help="branch, tag or commit of a Hugging Face model")
+    parser.add_argument(
+        "--revision", default=given("DEMO_REVISION"), help="branch, tag or commit of a Hugging Face model"
+    )
     parser.add_argument(
         "--artifacts",
         default=given("DEMO_ARTIFACTS"),
@@ -78,8 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
         port = check_address(flags.host, flags.port)
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
         print("Opening the page …", flush=True)
-        if zero_gpu():
-            importlib.import_module("spaces")  # before torch and gradio: it puts its own GPU in their way
         from safety.ui import Host, build_page, launch_options  # seconds of imports: not before the flags are good
         from safety.ui.host import Choice
         from safety.ui.mode import mode_of
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         host = Host(mode=mode_of())
         choice = Choice(flags.model, flags.quantization, flags.revision, flags.artifacts)
-        if zero_gpu():  # there, the model has to be in memory before the launch
+        if ZERO_GPU:  # there, the model has to be in memory before the launch
             host.switch(choice)
             host.source = use_zero_gpu(host.ready())
         else:

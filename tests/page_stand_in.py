@@ -27,6 +27,12 @@ HELPFUL = (
 ).split()
 
 
+HELD_OUT = {
+    lane: {kind: {"refused": {"hits": hits, "n": 24}} for kind, hits in (("typographic", a), ("typographic twin", b))}
+    for lane, a, b in (("none", 0, 1), ("sasa", 5, 6), ("all", 12, 10))
+}
+
+
 class StandInEngine:
     """Scripted answers. `words_per_second` sets the speed, `prefill` the wait before the first token."""
 
@@ -38,7 +44,10 @@ class StandInEngine:
         self.artifacts = SimpleNamespace(
             sasa=SimpleNamespace(pairs=[(12, 14), (13, 15), (16, 20)]),
             revision=SimpleNamespace(layers=list(range(8, 25))),
-            sapt=SimpleNamespace(length=4),
+            sapt=SimpleNamespace(length=4, detectors={"joint": None}),
+            check=lambda lane, blocks: None,
+            layers=None,
+            about={"held_out": HELD_OUT, "date": "2026-11-23"},
             trace=SimpleNamespace(threshold=0.9),
             settings=SimpleNamespace(sasa=Sasa(13, 15), revision=Revision(layer=19), sapt=Sapt()),
         )
@@ -91,8 +100,10 @@ class StandInEngine:
                 if index == len(script) - 1:
                     finish = "gate" if gated else "eos"
                 yield Step(
-                    0, row, index, 1, text, harm, tuple(events), finish, time.perf_counter() - start, self.prefill
-                )
+                    0, row, index, 1, text, harm, tuple(events), finish, time.perf_counter() - start, self.prefill,
+                    probability=0.6, alternatives=((text, 0.6), ("other ", 0.2), ("<b>bold</b>", 0.1)),
+                    prompt_tokens=200, layers=tuple(i / 30 for i in range(30)) if index == 0 else (),
+                )  # fmt: skip
             if all(index >= len(script) - 1 for script in scripts):
                 return
             if self.fail is not None and index == 3:

@@ -41,7 +41,7 @@ def page(browser: Any, address: str, engine: StandInEngine) -> Iterator[Any]:
 
 def test_an_example_streams_in_every_column_with_marks_and_badge(page: Any, engine: StandInEngine) -> None:
     engine.delay = 0.1
-    page.click("#separate input")
+    page.click("[data-layout=each]")
     page.evaluate(
         """() => { window.lengths = []; setInterval(() => window.lengths.push(
             [...document.querySelectorAll('.lane .body')].map(body => body.textContent.length)), 20); }"""
@@ -53,8 +53,8 @@ def test_an_example_streams_in_every_column_with_marks_and_badge(page: Any, engi
     lengths = [row for row in page.evaluate("window.lengths") if len(row) == 5]
     for lane in range(5):
         seen = list(dict.fromkeys(row[lane] for row in lengths))
-        # The text grew while it was watched; the two lanes that SASA refuses say only nine words.
-        assert seen == sorted(seen) and len(seen) >= (2 if lane in (1, 4) else 3), (lane, seen)
+        # The text grew while it was watched.
+        assert seen == sorted(seen) and len(seen) >= 2, (lane, seen)
     assert states(page) == ["done", "refused", "done", "done", "refused"]
     undefended, sasa, _, sapt = (page.locator(".lane").nth(i) for i in range(4))
     assert undefended.locator(".token.over").count() > 5
@@ -82,25 +82,19 @@ def test_a_benign_prompt_passes_the_gate_in_two_columns(page: Any) -> None:
 def test_without_defenses_only_the_undefended_column_runs(page: Any) -> None:
     for name in ("sasa", "revision", "sapt"):
         page.click(f".defense-{name} .switch input")
-    page.wait_for_selector(".order-none:visible")
-    assert page.locator(".order li.off").count() == 3
     ask(page, "Hello?")
     wait_for_end(page)
     assert page.locator(".lane").count() == 1
 
 
-def test_sliders_reach_the_engine(page: Any, engine: StandInEngine) -> None:
-    page.click(".defense-sapt .settings button")
-    slider = page.locator(".defense-sapt input[type=range] >> nth=1")
-    for _ in range(10):  # a field that was filled before Gradio had wired it up forgets the number
-        page.fill(".defense-sapt input[type=number] >> nth=1", "8")
-        page.keyboard.press("Tab")
-        page.wait_for_timeout(500)  # Gradio hands a slider's value on a moment after it shows it
-        if slider.input_value() == "8":
-            break
+def test_knobs_reach_the_engine(page: Any, engine: StandInEngine) -> None:
+    page.click(".defense-sapt .settings")
+    page.fill(".defense-sapt .number >> nth=1", "8")
+    page.click(".sampling summary")
+    page.fill(".sampling .number >> nth=0", "40")
     ask(page, "Hello?")
     wait_for_end(page)
-    assert engine.requests[-1]["lanes"][1].sapt.interval == 8
+    assert engine.requests[-1]["lanes"][1].sapt.interval == 8 and engine.requests[-1]["max_new_tokens"] == 40
     assert page.locator(".chip-sapt").inner_text() == "SAPT every 8"
 
 
@@ -153,8 +147,8 @@ def test_a_second_visitor_waits_for_the_model(browser: Any, address: str, page: 
     page.wait_for_function("document.querySelectorAll('.lane .token').length > 2")
     with opened(browser, address) as second:
         ask(second, "How do I train a dog?")
-        second.wait_for_selector(".lane[data-state=waiting]")
-        assert "Waiting for a run before this one" in second.locator(".placeholder").first.inner_text()
+        second.wait_for_selector(".lane[data-state=queued]")
+        assert "one run before yours" in second.locator(".placeholder").first.inner_text()
         engine.delay = 0.01
         page.click("#stop")
         wait_for_end(second)
@@ -292,7 +286,7 @@ def test_the_keyboard_reaches_the_examples_and_runs_one(page: Any) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector(".lane .token")
     wait_for_end(page)
-    assert page.locator(".summary[aria-live=polite]").count() == 2
+    assert "went along" in page.locator(".verdict[aria-live=polite]").inner_text()
 
 
 def test_labels(page: Any) -> None:

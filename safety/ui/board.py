@@ -1,8 +1,8 @@
 """The board: one live column per lane, as a single gr.HTML, and the plain value that it draws.
 
-Gradio sends only the differences of the value; static/board.js appends new tokens with textContent (model text is
-never parsed as HTML) and redraws the trace. A view is rebuilt as fresh lists for every update: Gradio compares it
-with the previous one, so a list that was changed in place would look unchanged.
+Gradio sends only the differences of the value; the scripts under static/board append new tokens with textContent
+(model text is never parsed as HTML) and redraw the trace. A view is rebuilt as fresh lists for every update: Gradio
+compares it with the previous one, so a list that was changed in place would look unchanged.
 """
 
 from pathlib import Path
@@ -12,8 +12,12 @@ import gradio as gr
 
 from safety.engine import Answer, Event
 from safety.settings import Lane
+from safety.ui.words import ENDED, overhead, verdict
 
+# What each reason to end is called on the page.
+STATE = {None: "streaming", "eos": "done", "length": "limit", "gate": "refused"}
 STATIC = Path(__file__).parent / "static"
+SCRIPTS = ("columns", "trace", "inspect", "remark", "layers", "keep", "history", "replay", "draw")
 View = dict[str, Any]
 
 _EMPTY = {
@@ -23,14 +27,14 @@ _EMPTY = {
 
 
 def board(**kwargs: Any) -> gr.HTML:
-    """All lanes side by side. Its value is a view: see `empty_view` and `view_of`.
+    """All lanes side by side. Its value is a view: see `empty_view` and `view_of`. Triggers "reveal" with {"run"}.
 
     A configured gr.HTML rather than a subclass: Gradio writes a .pyi file next to every component class it meets.
     """
     return gr.HTML(
         value=empty_view(),
         html_template=(STATIC / "board.html").read_text("utf-8"),
-        js_on_load=(STATIC / "board.js").read_text("utf-8"),
+        js_on_load="\n".join((STATIC / "board" / f"{name}.js").read_text("utf-8") for name in SCRIPTS),
         apply_default_css=False,
         **kwargs,
     )
@@ -39,9 +43,11 @@ def board(**kwargs: Any) -> gr.HTML:
 def empty_view() -> View:
     """What the board shows before the first run."""
     lanes = [
-        _lane(name, defended=name != "No defense", chips=[], state="empty", hint=hint) for name, hint in _EMPTY.items()
-    ]
-    return {"run": "empty", "threshold": None, "axis": 64, "lanes": lanes}
+        _lane(name, chips=[] if name == "No defense" else [{"key": "any", "label": "defenses on"}], state="empty",
+              hint=hint) for name, hint in _EMPTY.items()
+    ]  # fmt: skip
+    lanes[1]["defended"] = True
+    return {"run": "empty", "threshold": None, "axis": 64, "lanes": lanes, "verdict": "", "about": {}, "layers": None}
 
 
 def view_of(
@@ -52,38 +58,80 @@ def view_of(
     *,
     threshold: float | None,
     max_new_tokens: int,
-    wait: str,
+    wait: str = "",
+    cover: bool = False,
+    blocks: int = 0,
+    soft_tokens: int = 0,
+    about: View | None = None,
 ) -> View:
     """Describe the answers so far, in fresh plain values.
 
     Args:
         run: changes with every run; the board then starts afresh.
-        states: per lane: waiting, streaming, done, limit, refused, stopped or error.
+        states: per lane: queued, waiting, streaming, done, limit, refused, stopped, error or memory.
         threshold: the trace's alarm threshold, None without a trace.
         max_new_tokens: bounds the shared token axis.
         wait: what a column says while it waits for its first token.
+        cover: hide the text of every lane from the token on that reaches the alarm.
+        blocks, soft_tokens: of the model and the soft prompt, to count each lane's work.
+        about: what was asked and of whom, for exports; "harmful" says whether that is known to be harmful.
     """
     longest = max(len(answer.tokens) for answer in answers)
-    axis = min(max_new_tokens, max(32, -(-(longest + 1) // 32) * 32))
-    views = []
-    for lane, answer, state in zip(lanes, answers, states, strict=True):
-        ended = state in ("done", "limit", "refused", "stopped")
-        views.append(
-            _lane(
-                lane.name,
-                defended=bool(lane.sasa or lane.revision or lane.sapt),
-                chips=chips(lane),
-                state=state,
-                wait=wait,
-                tokens=list(answer.tokens),
-                harm=[None if p is None else round(p, 3) for p in answer.harm],
-                marks=[_mark(event) for event in answer.events if event.type in ("check", "injection")],
-                badge=_badge(lane, answer),
-                summary=answer.summary() if ended and answer.tokens else "",
-                speed=_speed(answer) if answer.tokens else "",
-            )
-        )
-    return {"run": run, "threshold": threshold, "axis": axis, "lanes": views}
+    about = about or {}
+    return {
+        "run": run,
+        "threshold": threshold,
+        "axis": min(max_new_tokens, max(32, -(-(longest + 1) // 32) * 32)),
+        "lanes": [
+            _lane_view(lane, answer, state, wait, threshold if cover else None, cover, blocks, soft_tokens)
+            for lane, answer, state in zip(lanes, answers, states, strict=True)
+        ],
+        "verdict": verdict(lanes, answers, states, about.get("harmful")),
+        "about": about,
+        "layers": next(([round(p, 3) for p in answer.layers] for answer in answers if answer.layers), None),
+    }
+
+
+def _lane_view(
+    lane: Lane, answer: Answer, state: str, wait: str, alarm: float | None, cover: bool, blocks: int, soft: int
+) -> View:
+    count = len(answer.tokens)
+    hidden = _covered_from(answer, alarm) if cover else count
+    work = overhead(lane, answer, blocks, soft)
+    return _lane(
+        lane.name,
+        defended=bool(lane.sasa or lane.revision or lane.sapt),
+        chips=chips(lane),
+        state=state,
+        wait=wait,
+        tokens=[token if i < hidden else _blot(token) for i, token in enumerate(answer.tokens)],
+        harm=[None if p is None else round(p, 3) for p in answer.harm],
+        chances=[None if p is None or i >= hidden else round(p, 3) for i, p in enumerate(answer.probability)],
+        others=[
+            [[text, round(p, 3)] for text, p in pairs[:4]] if i < hidden else []
+            for i, pairs in enumerate(answer.alternatives)
+        ],
+        marks=[_mark(event) for event in answer.events if event.type in ("check", "injection")],
+        badge=_badge(lane, answer),
+        covered=hidden if hidden < count else None,
+        summary=answer.summary() if state in ENDED and count else "",
+        speed=_speed(answer) if count else "",
+        overhead=None if work is None else round(work, 4),
+    )
+
+
+def _covered_from(answer: Answer, alarm: float | None) -> int:
+    """Index of the first token that is hidden; without a detector nobody watches, so all are."""
+    if any(event.type == "gate" and event.fired for event in answer.events):
+        return len(answer.tokens)  # the fixed refusal
+    if alarm is None or any(p is None for p in answer.harm):
+        return 0
+    return next((i for i, p in enumerate(answer.harm) if p is not None and p >= alarm), len(answer.tokens))
+
+
+def _blot(token: str) -> str:
+    """A token of the same shape that says nothing."""
+    return "".join(sign if sign.isspace() else "▒" for sign in token)
 
 
 def chips(lane: Lane) -> list[dict[str, str]]:
@@ -106,12 +154,17 @@ def chips(lane: Lane) -> list[dict[str, str]]:
 def _lane(name: str, **values: Any) -> View:
     start: View = {
         "name": name,
+        "defended": False,
         "tokens": [],
         "harm": [],
+        "chances": [],
+        "others": [],
         "marks": [],
         "badge": None,
+        "covered": None,
         "summary": "",
         "speed": "",
+        "overhead": None,
         "hint": "",
         "wait": "",
     }
@@ -140,5 +193,6 @@ def _badge(lane: Lane, answer: Answer) -> View | None:
 def _speed(answer: Answer) -> str:
     count = len(answer.tokens)
     return (
-        f"{count} token{'s' if count != 1 else ''} · {answer.tokens_per_second:.1f} tokens/s · {answer.seconds:.1f} s"
+        f"{count} token{'s' if count != 1 else ''} · {answer.tokens_per_second:.1f} tokens/s · "
+        f"first after {answer.prefill_seconds:.1f} s"
     )

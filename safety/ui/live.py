@@ -1,109 +1,141 @@
 """One visitor's run: the engine in a thread of its own, its Steps gathered into at most 15 updates a second.
 
 The thread lets the page answer Stop at once, even in the middle of a prefill, and lets the last tokens of a burst
-out without waiting for the next one. The engine holds the model's lock: a run that was stopped ends there between
-two tokens, and a run started meanwhile waits its turn.
+out without waiting for the next one. Runs stand in the host's line; one that was stopped leaves it between two tokens.
 """
 
 import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
-from safety.engine import Answer, Engine, Step
+from safety.engine import Answer, Step
 from safety.errors import UserError
 from safety.settings import Lane
-from safety.ui.board import View, view_of
+from safety.ui.board import STATE, View, view_of
+from safety.ui.host import Host
 
 UPDATES_PER_SECOND = 15
-STATE = {None: "streaming", "eos": "done", "length": "limit", "gate": "refused"}
 BUG = "Something went wrong inside the app; the details are in its log. Your input is still here: you can run it again."
+MEMORY = (
+    "The model ran out of memory. Try fewer columns, a shorter answer or a smaller picture; the model is still loaded."
+)
 
 log = logging.getLogger(__name__)
 
 
+class Shown(Protocol):
+    """What a visitor's board shows: a live run, or a recording."""
+
+    cancel: threading.Event
+    cover: bool
+
+    def view(self) -> View:
+        """The board's value now."""
+
+
 class Runs:
-    """The cancel event of every visitor's latest run. Starting a run cancels the visitor's previous one."""
+    """Every visitor's latest run. Starting a run cancels the visitor's previous one."""
 
     def __init__(self) -> None:
-        self._events: dict[str, threading.Event] = {}
+        self._runs: dict[str, Shown] = {}
         self._lock = threading.Lock()
 
-    def start(self, session: str) -> threading.Event:
-        """Cancel the visitor's run, if there is one, and return the cancel event for a new one."""
+    def start(self, session: str, run: Shown) -> None:
+        """Make this the visitor's run; the one before, if there is one, ends."""
         with self._lock:
             self._cancel(session)
-            event = self._events[session] = threading.Event()
-            return event
+            self._runs[session] = run
 
     def cancel(self, session: str) -> None:
-        """Cancel the visitor's run, if there is one."""
+        """End the visitor's run, if there is one; its text stays known until the visitor leaves."""
         with self._lock:
             self._cancel(session)
 
-    def replaced(self, session: str, event: threading.Event) -> bool:
-        """Did the visitor start a newer run? Then this one must not write on the page any more."""
+    def current(self, session: str, run: Shown) -> bool:
+        """Is this still the visitor's run? A newer one may have taken its place on the page."""
         with self._lock:
-            return self._events.get(session, event) is not event
+            return self._runs.get(session) is run
 
-    def forget(self, session: str, event: threading.Event) -> None:
-        """Drop a run that has ended, unless a newer one took its place."""
+    def reveal(self, session: str) -> View | None:
+        """Uncover the visitor's latest run and return its view; None when there is none."""
         with self._lock:
-            if self._events.get(session) is event:
-                del self._events[session]
+            run = self._runs.get(session)
+        if run is None:
+            return None
+        run.cover = False
+        return run.view()
+
+    def leave(self, session: str) -> None:
+        """The visitor has gone: end the run and forget what it said."""
+        with self._lock:
+            self._cancel(session)
+            self._runs.pop(session, None)
 
     def _cancel(self, session: str) -> None:
-        if session in self._events:
-            self._events[session].set()
+        if session in self._runs:
+            self._runs[session].cancel.set()
 
 
 class LiveRun:
     """Runs the lanes and yields (view, message) for the board and the notice; message is "" unless something failed.
 
     Args:
-        engine: the engine; its artifacts give the trace threshold.
+        host: the engine that answers, the line before it and the page's rules.
         lanes: what to run; lane 0 is the undefended one.
-        cancel: ends the run between any two tokens; also set when the consumer goes away.
+        about: what was asked and of whom, for the view; `harmful` if that is known.
         arguments: further arguments of `Engine.stream`.
+
+    Raises:
+        UserError: no model is loaded, or the line is full.
     """
 
-    def __init__(self, engine: Engine, lanes: list[Lane], cancel: threading.Event, **arguments: Any):
-        self.engine, self.lanes, self.cancel, self.arguments = engine, lanes, cancel, arguments
-        trace = engine.artifacts.trace
+    def __init__(self, host: Host, lanes: list[Lane], about: View, **arguments: Any):
+        self.engine, self.source = host.ready(), host.source
+        self.lanes, self.about, self.arguments = lanes, about, arguments
+        self.cancel = threading.Event()
+        trace = self.engine.artifacts.trace
         self.threshold: float | None = None if trace is None else trace.threshold
         self.answers = [Answer(lane.name, 0.5 if self.threshold is None else self.threshold) for lane in lanes]
         self.states = ["waiting"] * len(lanes)
         self.name = f"{time.time():.6f}"
-        self.busy = engine.lvlm.lock.locked()
+        self.cover = host.mode.public
+        self.place = host.line.join()
         self.steps: queue.Queue[Step | Exception | None] = queue.Queue()
 
     def __iter__(self) -> Iterator[tuple[View, str]]:
         threading.Thread(target=self._work, name="engine-run", daemon=True).start()
         try:
-            yield self._view(), ""
+            yield self.view(), ""
             message = None
             while message is None:
                 message = self._gather()
-                yield self._view(), message or ""
+                yield self.view(), message or ""
         finally:
             self.cancel.set()
 
     def _work(self) -> None:
         """Move the engine's Steps into the queue; the end or the error that ended it comes last."""
         try:
-            steps = self.engine.stream(lanes=self.lanes, cancel=self.cancel, **self.arguments)
+            while not self.place.wait(0.05):
+                if self.cancel.is_set():
+                    return
+            steps = self.source(self.engine, lanes=self.lanes, cancel=self.cancel, **self.arguments)
             for step in steps:
                 self.steps.put(step)
             self.steps.put(None)
         except Exception as error:  # handed to the visitor's thread, which logs what is not meant for the visitor
             self.steps.put(error)
+        finally:
+            self.place.leave()
 
     def _gather(self) -> str | None:
         """Take in one update's worth of Steps. Returns None while the run goes on, else its closing message."""
         due = time.monotonic() + 1 / UPDATES_PER_SECOND
-        news = 0
+        news, ahead = 0, self.place.ahead
         while (left := due - time.monotonic()) > 0 or not news:
             if self.cancel.is_set():
                 return self._end("stopped")
@@ -111,6 +143,8 @@ class LiveRun:
                 # Short waits, so that Stop is noticed even while the model is silent.
                 item = self.steps.get(timeout=max(0.001, min(left, 0.05) if news else 0.05))
             except queue.Empty:
+                if self.place.ahead != ahead:
+                    return None  # a step forward in the line is news, too
                 continue
             news += 1
             if item is None:
@@ -129,32 +163,58 @@ class LiveRun:
         return ""
 
     def _fail(self, error: Exception) -> str:
-        self._end("error")
+        self._end("memory" if _out_of_memory(error) else "error")
         if isinstance(error, UserError):
             return str(error)
-        log.error("A run failed", exc_info=error)
+        if _out_of_memory(error):
+            log.warning("A run was out of memory")
+            return MEMORY
+        log_bug("A run failed", error, private=not self.cover)
         return BUG
 
-    def _view(self) -> View:
+    def view(self) -> View:
+        """What the board shows now."""
         image = "image and the " if self.arguments.get("image") is not None else ""
-        wait = "Waiting for a run before this one to end …" if self.busy else f"Reading the {image}prompt …"
+        ahead, states, wait = self.place.ahead, self.states, f"Reading the {image}prompt …"
+        if ahead and not any(answer.tokens for answer in self.answers) and states[0] == "waiting":
+            states = ["queued"] * len(states)
+            wait = "Next in line: one run before yours." if ahead == 1 else f"In line: {ahead} runs before yours."
+        sapt = self.engine.artifacts.sapt
         return view_of(
             self.name,
             self.answers,
             self.lanes,
-            self.states,
+            states,
             threshold=self.threshold,
             max_new_tokens=self.arguments["max_new_tokens"],
             wait=wait,
+            cover=self.cover,
+            blocks=self.engine.lvlm.blocks,
+            soft_tokens=0 if sapt is None else sapt.length,
+            about=self.about,
         )
 
 
-def guarded(work: Callable[[], Any]) -> tuple[Any, str]:
+def _out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError, a CPU allocation that failed, or Python's own."""
+    name, words = type(error).__name__, str(error)
+    return name in ("OutOfMemoryError", "MemoryError") or "not enough memory" in words or "out of memory" in words
+
+
+def log_bug(what: str, error: Exception, private: bool) -> None:
+    """Log a bug; on a public page without its message, which may quote what a visitor wrote."""
+    if private:
+        log.error(what, exc_info=error)
+    else:
+        log.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+
+
+def guarded(work: Callable[[], Any], private: bool = True) -> tuple[Any, str]:
     """Return (result, "") or (None, a sentence for the visitor); bugs are logged."""
     try:
         return work(), ""
     except UserError as error:
         return None, str(error)
-    except Exception:
-        log.exception("The page failed")
+    except Exception as error:
+        log_bug("The page failed", error, private)
         return None, BUG

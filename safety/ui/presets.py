@@ -35,6 +35,11 @@ class Preset:
         """Path of the picture, None for a text-only example."""
         return FOLDER / f"{self.key}.png" if self.alt else None
 
+    @property
+    def harmful(self) -> bool:
+        """Should the request be refused?"""
+        return self.kind == "attack"
+
 
 PRESETS = (
     Preset(
@@ -83,3 +88,12 @@ PRESETS = (
         "Give me three tips for a good night's sleep.",
     ),
 )
+
+
+def preset_of(path: str | None, prompt: str) -> Preset | None:
+    """The example that this very picture and prompt are, None for a request of the visitor's own."""
+    picture = None if path is None else Path(path).read_bytes()
+    for preset in PRESETS:
+        if preset.prompt == prompt.strip() and picture == (None if preset.image is None else preset.image.read_bytes()):
+            return preset
+    return None

@@ -20,6 +20,7 @@ _SANS = (
 )
 _MONO = ("ui-monospace", "SF Mono", "Cascadia Mono", "Roboto Mono", "DejaVu Sans Mono", "monospace")
 MAX_UPLOAD = "32mb"
+STYLES = ("board", "editor", "story", "page")  # the page's own rules for small screens come last
 
 
 def theme() -> gr.themes.Base:
@@ -67,7 +68,7 @@ def launch_options() -> dict[str, Any]:
     """What `Blocks.launch` needs beside host and port."""
     return {
         "theme": theme(),
-        "css": (STATIC / "page.css").read_text("utf-8"),
+        "css": "\n".join((STATIC / f"{name}.css").read_text("utf-8") for name in STYLES),
         "footer_links": [],
         "run_history": False,
         "share": False,

@@ -1,8 +1,10 @@
-// One-click examples: each card fills the form; its round button runs it at once as well.
+// One-click examples: each card fills the form; its round button runs it at once, its film strip plays a recording.
 element.addEventListener('click', event => {
   const button = event.target.closest('button[data-index]');
   if (!button) return;
   const detail = {index: Number(button.dataset.index)};
+  for (const card of element.querySelectorAll('.card-fill')) card.setAttribute('aria-pressed', String(card.dataset.index === button.dataset.index));
   if (button.classList.contains('card-run')) trigger('play', detail);
+  else if (button.classList.contains('card-replay')) trigger('replay', detail);
   else trigger('pick', detail);
 });

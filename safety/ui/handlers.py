@@ -1,0 +1,170 @@
+"""What the page's events do. Methods, because Gradio finds `request` and `event` by their annotations."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from safety.engine import Engine
+from safety.inputs import open_image
+from safety.ui.calibrating import calibration
+from safety.ui.host import Choice, Host
+from safety.ui.knobs import knobs_of, lanes_of, length_of, sampling_of
+from safety.ui.live import LiveRun, Runs, guarded
+from safety.ui.mode import visitor
+from safety.ui.presets import PRESETS, preset_of
+from safety.ui.recordings import LAYOUTS, Playback, recorded
+from safety.ui.top import top_view
+
+log = logging.getLogger(__name__)
+POLL = 0.2  # seconds between two looks at a model that is being loaded
+BROKEN_LINK = "The link's settings could not be read, so the page starts with the usual ones."
+
+
+def spec_of(host: Host) -> dict[str, Any]:
+    """What the editor can turn, for the model that is loaded now."""
+    return knobs_of(host.engine, host.mode.max_new_tokens) | {"version": host.version}
+
+
+def layer_auroc(engine: Engine) -> list[float] | None:
+    """How well each block's probe judges held-out requests; None where none were calibrated."""
+    layers = engine.artifacts.layers
+    return None if layers is None else [round(value, 3) for value in layers.auroc.tolist()]
+
+
+class Handlers:
+    """The page's events on one host. `counts` is all that is kept of what visitors do."""
+
+    def __init__(self, host: Host):
+        self.host = host
+        self.runs = Runs()
+        self.counts: Counter[str] = Counter()
+
+    def run(self, request: gr.Request, path: str | None, words: str, form: Any) -> Iterator[Any]:
+        """Run the form's lanes; yields updates of (board, notice, Stop button)."""
+        private = not self.host.mode.public
+        # Checked first: a form that cannot run leaves a run that is going on alone.
+        run, message = guarded(lambda: self._prepare(request, path, words, form), private)
+        self._count("refused" if message else "runs")
+        if message:
+            yield gr.skip(), message, gr.skip()
+            return
+        session = request.session_hash or ""
+        self.runs.start(session, run)
+        updates = iter(run)
+        view, message = next(updates)
+        yield view, "", gr.Button(interactive=True)
+        for view, message in updates:
+            if self.runs.current(session, run):
+                yield view, message or gr.skip(), gr.skip()
+        if self.runs.current(session, run):
+            yield gr.skip(), gr.skip(), gr.Button(interactive=False)
+
+    def _prepare(self, request: gr.Request, path: str | None, words: str, form: Any) -> LiveRun:
+        """Check everything that can be checked before the model; raises UserError."""
+        host = self.host
+        engine, lanes = host.ready(), lanes_of(form, host.ready())
+        sampling, length = sampling_of(form), length_of(form)
+        preset = preset_of(path, words)
+        if preset is None:
+            host.mode.check_prompt(words)
+        host.mode.check_length(length)
+        image = None if path is None else open_image(path)
+        for lane in lanes:
+            engine.artifacts.check(lane, engine.lvlm.blocks)
+        about = {
+            "model": engine.lvlm.label,
+            "prompt": words,
+            "image": None if path is None or image is None else f"{Path(path).name}, {image.width} × {image.height}",
+            "lanes": [asdict(lane) for lane in lanes],
+            "max_new_tokens": length,
+            "sampling": asdict(sampling),
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "harmful": None if preset is None else preset.harmful,
+            "layer_auroc": layer_auroc(engine),
+        }
+        if host.rate is not None:
+            host.rate.take(visitor(request.headers, request.client.host if request.client else None))
+        return LiveRun(host, lanes, about, prompt=words, image=image, max_new_tokens=length, sampling=sampling)
+
+    def _count(self, what: str) -> None:
+        """Nothing else is kept of a visit to a public page."""
+        self.counts[what] += 1
+        if self.host.mode.public:
+            log.info("counts: %s", dict(self.counts))
+
+    def stop(self, request: gr.Request) -> Any:
+        """Cancel the visitor's run."""
+        self.runs.cancel(request.session_hash or "")
+        return gr.Button(interactive=False)
+
+    def leave(self, request: gr.Request) -> None:
+        """The visitor closed or reloaded the tab: nobody waits for the run any more."""
+        self.runs.leave(request.session_hash or "")
+
+    def reveal(self, request: gr.Request) -> Any:
+        """Uncover the visitor's latest run; returns its view."""
+        self._count("reveals")
+        return self.runs.reveal(request.session_hash or "") or gr.skip()
+
+    def fill(self, event: gr.EventData) -> tuple[str | None, str, str]:
+        """Put an example into the form; returns (image, prompt, notice)."""
+        index = event._data["index"]
+        preset = PRESETS[index if index in range(len(PRESETS)) else 0]
+        return None if preset.image is None else str(preset.image), preset.prompt, ""
+
+    def replay(self, request: gr.Request, event: gr.EventData, form: Any) -> tuple[Any, ...]:
+        """Play an example's recording; returns (image, prompt, board, notice)."""
+        filled = self.fill(event)
+        preset = next(
+            preset for preset in PRESETS if preset.prompt == filled[1] and str(preset.image or "") == (filled[0] or "")
+        )
+        if not recorded(preset.key):
+            return *filled[:2], gr.skip(), "There is no recording of this example."
+        several = isinstance(form, dict) and len(form.get("lanes") or []) > 1
+        playback = Playback(preset, LAYOUTS[several], self.host.mode.public)
+        self._count("replays")
+        self.runs.start(request.session_hash or "", playback)
+        return *filled[:2], playback.view(), ""
+
+    def restore(self, event: gr.EventData) -> tuple[Any, Any, str]:
+        """Fill in a link's prompt and, if it was an example's, its image; returns (image, prompt, notice)."""
+        if event._data.get("broken"):
+            return gr.skip(), gr.skip(), BROKEN_LINK
+        preset = next((preset for preset in PRESETS if preset.key == event._data.get("preset")), None)
+        image = str(preset.image) if preset is not None and preset.image is not None else None
+        return image, str(event._data.get("prompt", "")), ""
+
+    def check_image(self, path: str | None) -> tuple[Any, str]:
+        """Take a file that cannot be used out of the form again, with the reason; returns (image, notice)."""
+        if path is None:
+            return gr.skip(), ""
+        _, message = guarded(lambda: open_image(path), not self.host.mode.public)
+        return (None if message else gr.skip()), message
+
+    async def watch(self) -> AsyncIterator[tuple[Any, Any]]:
+        """Show how the model's loading goes until it is over; yields (head, editor)."""
+        shown: Any = None
+        while True:
+            status = self.host.status()
+            if status != shown:
+                shown = status
+                yield top_view(self.host), gr.update(spec=spec_of(self.host))
+            if status["state"] != "working":
+                return
+            await asyncio.sleep(POLL)
+
+    def switch(self, event: gr.EventData) -> str:
+        """Load the model that the head's panel names; returns the notice."""
+        model, *flags = (str(event._data.get(field.name) or "").strip() for field in fields(Choice))
+        return guarded(lambda: self.host.start(Choice(model or "miniature", *(flag or None for flag in flags))))[1]
+
+    def calibrate(self, event: gr.EventData) -> str:
+        """Calibrate the loaded model on the samples that the head's panel names; returns the notice."""
+        return guarded(lambda: self.host.calibrate(calibration(str(event._data.get("data") or ""))))[1]

@@ -1,0 +1,83 @@
+// Keeping a run: as JSON, or as one page that needs nothing else. Both are made here, in the visitor's browser.
+const keepBox = find('.keep'), kept = keepBox.querySelector('.kept');
+
+function drawKeep(view) {
+  keepBox.hidden = !view.lanes.every(lane => ENDED.includes(lane.state));
+}
+
+function offer(name, type, content) {
+  const link = html('a', '', null);
+  link.href = URL.createObjectURL(new Blob([content], {type}));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  setText(kept, `Saved ${name}`);
+}
+
+const stamp = view => (view.about.date || '').slice(0, 19).replace(/[:T]/g, '-') || 'run';
+
+const PAGE_STYLE = `body{font:16px/1.6 system-ui,sans-serif;color:#17212b;background:#fff;max-width:1200px;margin:32px auto;padding:0 20px}
+.lanes{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr));gap:16px}
+article{border:1px solid #dfe3e8;border-radius:10px;padding:14px}h2{font-size:1.1rem;margin:0 0 6px}
+.answer{white-space:pre-wrap;overflow-wrap:anywhere}.over{text-decoration:underline solid #b34700 2px;background:#b3470014}
+.flag{color:#aa4488;font:600 12px monospace;border:1px solid #aa4488;border-radius:4px;padding:0 4px;margin-right:4px}
+.muted{color:#55616d;font-size:.88rem}svg{width:100%;height:auto}svg text{font:10px monospace;fill:#55616d}
+.grid{stroke:#dfe3e8}.alarm{fill:#b3470014}.threshold{stroke:#b34700;stroke-dasharray:5 4}.area{fill:#0072b2;opacity:.1}
+.line{fill:none;stroke:#0072b2;stroke-width:2}.above{fill:#b34700}.check{fill:#fff;stroke:#aa4488;stroke-width:2}
+.check.fired,.inject{fill:#aa4488}.inject-line{stroke:#aa4488;stroke-dasharray:2 3}.head,.cursor,.spot{display:none}dt{font-weight:600}dd{margin:0 0 6px}`;
+
+// Built node by node with textContent and then written out, so whatever a model or a visitor wrote is escaped.
+function pageOf(view) {
+  const page = document.implementation.createHTMLDocument('Safety, side by side: a saved run');
+  const make = (tag, className, parent, text) => {
+    const node = page.createElement(tag);
+    if (className) node.className = className;
+    if (text !== undefined) node.textContent = text;
+    parent.append(node);
+    return node;
+  };
+  const rules = make('meta', '', page.head);
+  rules.httpEquiv = 'Content-Security-Policy';
+  rules.content = "default-src 'none'; style-src 'unsafe-inline'";
+  make('meta', '', page.head).setAttribute('charset', 'utf-8');
+  make('style', '', page.head, PAGE_STYLE);
+  make('h1', '', page.body, 'Safety, side by side: a saved run');
+  make('p', '', page.body, view.verdict);
+  const facts = make('dl', '', page.body);
+  const told = {Model: view.about.model, Prompt: view.about.prompt, Image: view.about.image || 'none', Date: view.about.date,
+                'Longest answer': view.about.max_new_tokens, Sampling: JSON.stringify(view.about.sampling)};
+  if (view.recording) told.Recording = `played from a recording of ${view.recording.date}, commit ${view.recording.commit}`;
+  for (const [name, value] of Object.entries(told)) {
+    make('dt', '', facts, name);
+    make('dd', '', facts, String(value ?? ''));
+  }
+  const box = make('div', 'lanes', page.body);
+  view.lanes.forEach((lane, i) => {
+    const card = make('article', '', box);
+    make('h2', '', card, lane.name);
+    make('p', 'muted', card, [lane.chips.map(chip => chip.label).join(' · '), lane.badge && lane.badge.p !== null ? badgeText(lane) : ''].filter(Boolean).join(' · '));
+    const answer = make('p', 'answer', card);
+    const line = alarmOf(view);
+    lane.tokens.forEach((token, k) => {
+      if (lane.marks.some(mark => mark.type === 'injection' && mark.token === k)) make('span', 'flag', answer, '▲ reminder');
+      make('span', line !== null && lane.harm[k] !== null && lane.harm[k] >= line ? 'over' : '', answer, token);
+    });
+    const drawing = columns[i].plot.cloneNode(true);
+    drawing.removeAttribute('class');
+    card.append(page.adoptNode(drawing));
+    make('p', '', card, summaryText(lane, view));
+    make('p', 'muted', card, columns[i].speed.textContent);
+  });
+  make('p', 'muted', page.body, 'Harm probabilities come from a small detector and can be wrong both ways. For research on model safety: nothing here is advice.');
+  return '<!doctype html>\n' + page.documentElement.outerHTML;
+}
+
+keepBox.querySelector('.save-json').addEventListener('click', () =>
+  offer(`safety-${stamp(shown)}.json`, 'application/json', JSON.stringify(shown, null, 1)));
+keepBox.querySelector('.save-html').addEventListener('click', () =>
+  offer(`safety-${stamp(shown)}.html`, 'text/html', pageOf(shown)));
+keepBox.querySelector('.save-link').addEventListener('click', () => {
+  const answer = {};
+  window.dispatchEvent(new CustomEvent('safety:link', {detail: answer}));
+  navigator.clipboard?.writeText(answer.link).then(() => setText(kept, 'Link copied.'), () => setText(kept, answer.link));
+});

@@ -1,0 +1,27 @@
+// Where safe and unsafe requests part inside the model, for this very request: P(harm) behind every block.
+const layersBox = find('.layers');
+let layersDrawn = '';
+
+function drawLayers(view) {
+  const values = view.layers, trust = view.about.layer_auroc || [];
+  layersBox.hidden = !values;
+  const key = JSON.stringify([view.run, values]);
+  if (!values || key === layersDrawn) return;
+  layersDrawn = key;
+  const plot = layersBox.querySelector('svg'), cell = 20, height = 44;
+  plot.setAttribute('viewBox', `0 0 ${values.length * cell} ${height + 14}`);
+  plot.setAttribute('preserveAspectRatio', 'none');
+  plot.replaceChildren();
+  values.forEach((p, block) => {
+    const bar = svg('rect', {class: p >= 0.5 ? 'unsafe' : 'safe', x: block * cell + 2, width: cell - 4, y: height * (1 - Math.max(p, 0.5)),
+                             height: Math.max(1.5, height * Math.abs(p - 0.5)), opacity: 0.25 + 1.5 * Math.max(0, (trust[block] ?? 1) - 0.5)}, plot);
+    svg('title', {}, bar).textContent = `block ${block}: ${p.toFixed(2)}` + (trust[block] ? `, right on held-out requests with AUROC ${trust[block].toFixed(2)}` : '');
+    if (block % 5 === 0) svg('text', {class: 'tick', x: (block + 0.5) * cell, y: height + 11, 'text-anchor': 'middle'}, plot).textContent = block;
+  });
+  svg('line', {class: 'grid', x1: 0, x2: values.length * cell, y1: height / 2, y2: height / 2}, plot);
+  const peak = values.indexOf(Math.max(...values));
+  const words = `P(harm) behind each block, 0 to ${values.length - 1}: up is harmful, down is safe, faint where the block's probe is little better than chance. `
+    + `Highest behind block ${peak}: ${values[peak].toFixed(2)}.`;
+  setText(layersBox.querySelector('figcaption span'), words);
+  plot.setAttribute('aria-label', words);
+}

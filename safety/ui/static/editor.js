@@ -1,0 +1,146 @@
+// The columns and their knobs. `props.spec` (knobs.py) says what can be turned; `props.value` is the form that a run
+// gets. The form lives here; lane 0, the undefended one, is always there and has no card.
+const list = element.querySelector('.lane-list'), samplingBox = element.querySelector('.sampling .knobs'), sweepBox = element.querySelector('.sweep');
+let form = null, open = new Set();  // open: the disclosures that the visitor opened
+
+function html(tag, className, parent, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  if (parent) parent.append(node);
+  return node;
+}
+const copy = value => JSON.parse(JSON.stringify(value));
+const defenseOf = key => props.spec.defenses.find(defense => defense.key === key);
+
+function publish() {  // hand the form to Gradio, and the thresholds to the board, which re-marks the last run
+  props.value = copy(form);
+  const told = {};
+  for (const lane of form.lanes) told[lane.name] = {sasa: lane.sasa?.on ? lane.sasa.threshold : undefined, sapt: lane.sapt?.on ? lane.sapt.threshold : undefined};
+  window.dispatchEvent(new CustomEvent('safety:thresholds', {detail: told}));
+  markLayout();
+}
+
+let made = 0;
+function knob(control, values, parent, changed) {
+  const row = html('div', 'knob knob-' + control.type, parent), id = 'knob-' + ++made;
+  const label = html('label', '', row, control.label);
+  label.htmlFor = id;
+  let input;
+  const set = value => { values[control.key] = value; changed(); };
+  if (control.type === 'choice') {
+    input = html('select', '', row);
+    control.options.forEach(([text, value], i) => {
+      const option = html('option', '', input, text);
+      option.value = i;
+      option.selected = value === values[control.key];
+    });
+    input.addEventListener('change', () => set(control.options[input.value][1]));
+  } else if (control.type === 'check') {
+    input = html('input', '', row);
+    input.type = 'checkbox';
+    input.checked = values[control.key];
+    input.addEventListener('change', () => set(input.checked));
+  } else {
+    const number = html('input', 'number', row);
+    number.type = 'number';
+    Object.assign(number, {min: control.min, max: control.max, step: control.step, value: values[control.key]});
+    number.id = id;
+    const take = value => {
+      const kept = Math.min(control.max, Math.max(control.min, Number(value)));
+      return Number.isFinite(kept) && value !== '' ? (control.step >= 1 ? Math.round(kept) : kept) : values[control.key];
+    };
+    number.addEventListener('input', () => { if (input) input.value = number.value; set(take(number.value)); });
+    number.addEventListener('change', () => { number.value = values[control.key]; });
+    if (control.type === 'range') {
+      input = html('input', 'range', row);
+      input.type = 'range';
+      Object.assign(input, {min: control.min, max: control.max, step: control.step, value: values[control.key]});
+      input.setAttribute('aria-label', control.label);
+      input.addEventListener('input', () => { number.value = input.value; set(take(input.value)); });
+    }
+  }
+  if (input && control.type !== 'range') input.id = id;
+  if (control.info) {
+    const info = html('small', '', row, control.info);
+    info.id = id + '-info';
+    row.querySelector('#' + id).setAttribute('aria-describedby', info.id);
+  }
+}
+
+function defenseRow(lane, index, defense, parent) {
+  const box = html('div', `defense defense-${defense.key}`, parent), id = `lane-${index}-${defense.key}`;
+  const head = html('div', 'defense-head', box), label = html('label', 'switch', head), input = html('input', '', label);
+  input.type = 'checkbox';
+  input.setAttribute('role', 'switch');
+  input.checked = Boolean(lane[defense.key]?.on);
+  input.disabled = !defense.available;
+  const words = html('span', '', label);
+  html('b', '', words, defense.name);
+  html('small', '', words, defense.hint);
+  const panel = html('div', 'knobs', box), toggle = html('button', 'quiet settings', head, 'Settings');
+  toggle.type = 'button';
+  toggle.setAttribute('aria-label', `Settings of ${defense.name} in ${lane.name}`);
+  panel.id = id;
+  toggle.setAttribute('aria-controls', id);
+  const draw = () => {
+    const on = Boolean(lane[defense.key]?.on);
+    toggle.hidden = !on;
+    panel.hidden = !on || !open.has(id);
+    toggle.setAttribute('aria-expanded', String(!panel.hidden));
+    if (!panel.hidden && !panel.children.length) for (const control of defense.controls) knob(control, lane[defense.key], panel, publish);
+  };
+  input.addEventListener('change', () => {
+    lane[defense.key] = {...copy(defense.calibrated), ...lane[defense.key], on: input.checked};
+    panel.replaceChildren();
+    draw();
+    publish();
+  });
+  toggle.addEventListener('click', () => { open.has(id) ? open.delete(id) : open.add(id); draw(); });
+  draw();
+}
+
+function laneCard(lane, index) {
+  const single = form.lanes.length === 1, card = html(single ? 'div' : 'details', 'lane-card', list);
+  const head = html(single ? 'div' : 'summary', 'lane-card-head', card);
+  if (single) { card.setAttribute('role', 'group'); card.setAttribute('aria-label', lane.name); head.hidden = true; }
+  const told = html('span', 'told', head);
+  const tell = () => {
+    told.replaceChildren();
+    html('b', '', told, lane.name);
+    html('small', '', told, props.spec.defenses.filter(d => lane[d.key]?.on).map(d => d.short).join(' · ') || 'nothing intervenes');
+  };
+  tell();
+  if (!single) {
+    card.open = open.has('lane-' + index);
+    card.addEventListener('toggle', () => card.open ? open.add('lane-' + index) : open.delete('lane-' + index));
+    const row = html('div', 'lane-name', card), label = html('label', '', row, 'Name');
+    const name = html('input', '', row);
+    name.id = label.htmlFor = 'lane-name-' + index;
+    Object.assign(name, {type: 'text', maxLength: 40, value: lane.name});
+    name.addEventListener('input', () => { lane.name = name.value; tell(); publish(); });
+    const remove = html('button', 'quiet remove', row, 'Remove');
+    remove.type = 'button';
+    remove.setAttribute('aria-label', `Remove the column ${lane.name}`);
+    remove.addEventListener('click', () => { form.lanes.splice(index, 1); open.clear(); build(); publish(); element.querySelector('.add').focus(); });
+  }
+  for (const defense of props.spec.defenses) defenseRow(lane, index, defense, card);
+  card.addEventListener('change', tell);
+}
+
+function build() {
+  list.replaceChildren();
+  form.lanes.forEach(laneCard);
+  if (!form.lanes.length) html('p', 'no-lanes', list, props.spec.layouts.together.length ? 'Only the undefended answer will run.' : 'No defense is available: see the model above.');
+  element.querySelector('.add').disabled = form.lanes.length >= props.spec.max_lanes || !props.spec.defenses.some(defense => defense.available);
+  samplingBox.replaceChildren();
+  for (const control of props.spec.sampling) knob(control, form, samplingBox, publish);
+}
+
+function markLayout() {
+  const same = name => JSON.stringify(form.lanes.map(bare)) === JSON.stringify(props.spec.layouts[name].map(bare));
+  for (const button of element.querySelectorAll('[data-layout]')) {
+    if (button.dataset.layout !== 'sweep') button.setAttribute('aria-pressed', String(same(button.dataset.layout)));
+  }
+}
+const bare = lane => [lane.name, ...props.spec.defenses.map(d => Boolean(lane[d.key]?.on))];

@@ -1,0 +1,126 @@
+// Ready-made sets of columns, sweeps, links: everything that replaces the form as a whole.
+function adopt(next, focus) {
+  form = copy(next);
+  open.clear();
+  build();
+  publish();
+  if (focus) focus.focus();
+}
+
+element.addEventListener('click', event => {
+  const button = event.target.closest('button');
+  if (!button || !form) return;
+  const {layout, values} = button.dataset;
+  if (layout === 'sweep') {
+    sweepBox.hidden = !sweepBox.hidden;
+    button.setAttribute('aria-expanded', String(!sweepBox.hidden));
+  } else if (layout) {
+    adopt({...form, lanes: props.spec.layouts[layout]}, button);
+  } else if (values) {
+    for (const lane of form.lanes) for (const {key, [values]: set} of props.spec.defenses) if (set && lane[key]) lane[key] = {...copy(set), on: lane[key].on};
+    const kept = [...open];
+    build();
+    open = new Set(kept);
+    build();
+    publish();
+  } else if (button.classList.contains('add')) {
+    const model = copy(form.lanes[form.lanes.length - 1] ?? props.spec.layouts.together[0]), names = form.lanes.map(lane => lane.name);
+    let number = form.lanes.length + 1;
+    while (names.includes(`Column ${number}`)) number++;
+    open.add('lane-' + form.lanes.length);
+    form.lanes.push({...model, name: `Column ${number}`});
+    build();
+    publish();
+    list.lastChild.querySelector('input').focus();
+  } else if (button.classList.contains('reset')) {
+    adopt(props.spec.start, button);
+  }
+});
+
+// A sweep: one setting's values as columns, all else equal.
+function buildSweep() {
+  sweepBox.replaceChildren();
+  const knobs = props.spec.defenses.flatMap(defense => defense.controls.filter(control => control.type === 'range').map(control => ({defense, control})));
+  if (!knobs.length) return html('p', 'no-lanes', sweepBox, 'There is nothing to sweep: no defense is available.');
+  const field = (text, node) => {
+    const label = html('label', '', sweepBox, text);
+    label.append(node);
+    return node;
+  };
+  const which = field('Setting', html('select', ''));
+  knobs.forEach(({defense, control}, i) => { html('option', '', which, `${defense.short}: ${control.label}`).value = i; });
+  const number = (text, values) => Object.assign(field(text, html('input', '')), {type: 'number', ...values});
+  const low = number('From', {}), high = number('To', {}), count = number('Columns', {min: 2, max: props.spec.max_lanes, step: 1, value: Math.min(4, props.spec.max_lanes)});
+  const bounds = () => {
+    const {control} = knobs[which.value];
+    for (const input of [low, high]) Object.assign(input, {min: control.min, max: control.max, step: 'any'});
+    low.value = control.min;
+    high.value = control.max;
+  };
+  which.addEventListener('change', bounds);
+  bounds();
+  html('button', 'quiet', sweepBox, 'Make the columns').type = 'submit';
+  sweepBox.onsubmit = event => {
+    event.preventDefault();
+    const {defense, control} = knobs[which.value], n = Math.round(Math.min(props.spec.max_lanes, Math.max(2, Number(count.value))));
+    const clamp = value => Math.min(control.max, Math.max(control.min, value)), seen = new Set(), lanes = [];
+    for (let i = 0; i < n; i++) {
+      const raw = clamp(Number(low.value) + (Number(high.value) - Number(low.value)) * i / (n - 1));
+      const value = control.step >= 1 ? Math.round(raw) : Math.round(raw * 1000) / 1000;
+      if (seen.has(value)) continue;
+      seen.add(value);
+      lanes.push({name: `${defense.short}, ${control.sign} ${value}`, [defense.key]: {...copy(defense.calibrated), on: true, [control.key]: value}});
+    }
+    adopt({...form, lanes}, which);
+  };
+}
+
+// Links: the settings and the prompt behind the #, which browsers do not send to servers. A picture is not in it,
+// unless it is an example's.
+const pack = value => btoa(String.fromCharCode(...new TextEncoder().encode(JSON.stringify(value)))).replace(/\+/g, '-').replace(/\//g, '_').replace(/=+$/, '');
+const unpack = text => JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(text.replace(/-/g, '+').replace(/_/g, '/')), sign => sign.charCodeAt(0))));
+
+window.addEventListener('safety:link', event => {
+  const prompt = document.querySelector('#prompt textarea').value, preset = document.querySelector('#examples .card-fill[aria-pressed="true"]')?.dataset.key ?? null;
+  event.detail.link = `${location.origin}${location.pathname}#s=${pack({form, prompt, preset})}`;
+});
+
+// Keep of a linked form only what this model's knobs can be turned to.
+function fitting(linked) {
+  const start = copy(props.spec.start), fits = (control, value) => control.type === 'choice' ? control.options.some(option => option[1] === value)
+    : control.type === 'check' ? typeof value === 'boolean' : typeof value === 'number' && value >= control.min && value <= control.max;
+  for (const control of props.spec.sampling) if (fits(control, linked[control.key])) start[control.key] = linked[control.key];
+  start.lanes = (Array.isArray(linked.lanes) ? linked.lanes : []).slice(0, props.spec.max_lanes).map((lane, i) => {
+    const kept = {name: String(lane.name ?? `Column ${i + 1}`).slice(0, 40)};
+    for (const defense of props.spec.defenses) {
+      if (!defense.available || !lane[defense.key]) continue;
+      kept[defense.key] = {...copy(defense.calibrated), on: lane[defense.key].on === true};
+      for (const control of defense.controls) if (fits(control, lane[defense.key][control.key])) kept[defense.key][control.key] = lane[defense.key][control.key];
+    }
+    return kept;
+  });
+  return start;
+}
+
+let linked = location.hash.startsWith('#s=');
+function follow() {
+  linked = false;
+  try {
+    const {form: wanted, prompt, preset} = unpack(location.hash.slice(3));
+    adopt(fitting(wanted));
+    trigger('restore', {prompt: String(prompt ?? ''), preset: typeof preset === 'string' ? preset : null});
+  } catch (error) {
+    trigger('restore', {broken: true});
+  }
+}
+
+let version = null;
+function refresh() {  // another model: start from what it can do
+  if (!props.spec || props.spec.version === version) return;
+  version = props.spec.version;
+  buildSweep();
+  adopt(props.spec.start);
+  if (linked && props.spec.version) follow();
+}
+watch('spec', refresh);
+refresh();

@@ -1,0 +1,70 @@
+// The head: which model, what is happening to it, and what was measured of its defenses. Everything through textContent.
+const find = selector => element.querySelector(selector);
+function html(tag, className, parent, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  if (parent) parent.append(node);
+  return node;
+}
+
+function measuredTable(measured) {
+  const box = find('.measured'), body = box.querySelector('div');
+  box.hidden = !measured;
+  body.replaceChildren();
+  if (!measured) return;
+  html('p', '', body, 'Requests that calibration never saw, and how many of them each column refused. A good defense refuses the attacks and answers their twins.');
+  const scroll = html('div', 'scroll', body), table = html('table', '', scroll), head = html('tr', '', html('thead', '', table)), rows = html('tbody', '', table);
+  scroll.tabIndex = 0;
+  scroll.setAttribute('role', 'region');
+  scroll.setAttribute('aria-label', 'Refusals measured on held-out requests');
+  for (const name of ['Refused', ...measured.lanes]) html('th', '', head, name).scope = 'col';
+  for (const {kind, harmless, refused} of measured.rows) {
+    const row = html('tr', harmless ? 'harmless' : 'harmful', rows);
+    html('th', '', row, `${kind} (${harmless ? 'should be 0' : 'should be all'})`).scope = 'row';
+    for (const [hits, n] of refused) html('td', '', row, `${hits} of ${n}`);
+  }
+}
+
+let folders = '', measuredShown = '';
+function draw() {
+  const now = props.value, status = find('.model-status'), bar = status.querySelector('progress');
+  element.dataset.state = now.state;
+  find('.model-name').textContent = now.label || (now.state === 'failed' ? 'none' : 'being loaded');
+  const words = status.querySelector('span');
+  if (words.textContent !== now.message) words.textContent = now.message;
+  status.hidden = !now.message;
+  bar.hidden = now.state !== 'working';
+  if (now.fraction === null) bar.removeAttribute('value'); else bar.value = now.fraction;
+  const illustrative = now.model === 'miniature' ? 'the miniature model is small and illustrative. Compare the columns; do not trust its facts.'
+    : 'language models err. Compare the columns; do not trust their facts.';
+  find('.caution-words').textContent = illustrative + (now.measured && now.measured.sentence ? ` ${now.measured.sentence}` : '');
+  const key = JSON.stringify(now.measured);
+  if (key !== measuredShown) { measuredShown = key; measuredTable(now.measured); }
+  find('.load').hidden = find('.calibrate').hidden = now.public;
+  find('.calibrate').hidden ||= !now.model || now.calibrated.length === 3;
+  for (const button of element.querySelectorAll('.model-panel button')) button.disabled = now.state === 'working';
+  find('.model-made').textContent = !now.model ? 'No model is loaded yet.'
+    : now.calibrated.length ? `Calibrated for this model: ${now.calibrated.join(', ')}${now.made.date ? ', ' + now.made.date : ''}.`
+      : 'Nothing is calibrated for this model yet: only its undefended answer can be shown.';
+  if (JSON.stringify(now.folders) !== folders) {
+    folders = JSON.stringify(now.folders);
+    const select = find('[name=artifacts]');
+    select.replaceChildren();
+    html('option', '', select, 'those shipped for it').value = '';
+    for (const [path, name] of now.folders) html('option', '', select, name).value = path;
+  }
+}
+for (const [form, event] of [['load', 'switch'], ['calibrate', 'calibrate']]) {
+  find('form.' + form).addEventListener('submit', submitted => {
+    submitted.preventDefault();
+    trigger(event, Object.fromEntries(new FormData(submitted.target)));
+  });
+}
+element.addEventListener('keydown', event => {
+  if (event.key !== 'Escape' || !find('.model').open) return;
+  find('.model').open = false;
+  find('.model summary').focus();
+});
+watch('value', draw);
+draw();

@@ -1,0 +1,76 @@
+"""The head of the page: its name, the loaded model, how far its defenses can be trusted, and the model panel."""
+
+from typing import Any
+
+import gradio as gr
+
+from safety.ui.board import STATIC
+from safety.ui.host import Host
+from safety.ui.text import MARK
+
+KINDS = {
+    "typographic": "picture attacks",
+    "typographic twin": "their harmless twins",
+    "text": "harmful text",
+    "text twin": "harmless text that sounds alike",
+    "ordinary": "ordinary questions",
+    "symbol": "ordinary pictures",
+}
+HARMLESS = ("typographic twin", "text twin", "ordinary", "symbol")
+LANES = {"none": "No defense", "sasa": "SASA", "revision": "Revision", "sapt": "SAPT", "all": "All together"}
+
+
+def top(host: Host, **kwargs: Any) -> gr.HTML:
+    """The head. Triggers "switch" with a model's name and flags, and "calibrate" with the samples to use."""
+    return gr.HTML(
+        value=top_view(host),
+        html_template=(STATIC / "top.html").read_text("utf-8").replace("@mark", MARK),
+        js_on_load=(STATIC / "top.js").read_text("utf-8"),
+        apply_default_css=False,
+        **kwargs,
+    )
+
+
+def top_view(host: Host) -> dict[str, Any]:
+    """Everything that the head shows, as plain data."""
+    about = {} if host.engine is None else host.engine.artifacts.about
+    return host.status() | {"measured": measured(about), "folders": [] if host.mode.public else host.folders()}
+
+
+def measured(about: dict[str, Any]) -> dict[str, Any] | None:
+    """What calibration measured on held-out requests: a table and a sentence; None where nothing was measured."""
+    held_out = about.get("held_out")
+    if not isinstance(held_out, dict):
+        return None
+    lanes = [lane for lane in LANES if isinstance(held_out.get(lane), dict)]
+    kinds = [kind for kind in KINDS if lanes and all(_refused(held_out, lane, kind) for lane in lanes)]
+    if not kinds:
+        return None
+    rows = [
+        {
+            "kind": KINDS[kind],
+            "harmless": kind in HARMLESS,
+            "refused": [_refused(held_out, lane, kind) for lane in lanes],
+        }
+        for kind in kinds
+    ]
+    return {"lanes": [LANES[lane] for lane in lanes], "rows": rows, "sentence": _sentence(held_out, lanes, kinds)}
+
+
+def _refused(held_out: dict[str, Any], lane: str, kind: str) -> list[int] | None:
+    counts = (held_out[lane].get(kind) or {}).get("refused") or {}
+    hits, n = counts.get("hits"), counts.get("n")
+    return [hits, n] if isinstance(hits, int) and isinstance(n, int) and n > 0 else None
+
+
+def _sentence(held_out: dict[str, Any], lanes: list[str], kinds: list[str]) -> str:
+    """The two numbers that matter most, side by side: attacks refused, and harmless twins refused."""
+    lane = "all" if "all" in lanes else lanes[-1]
+    attack, twin = (_refused(held_out, lane, kind) if kind in kinds else None for kind in list(KINDS)[:2])
+    if attack is None or twin is None:
+        return ""
+    weak = attack[0] / attack[1] - twin[0] / twin[1] < 0.5
+    return (
+        f"On unseen requests, all defenses together refused {attack[0]} of {attack[1]} picture attacks and "
+        f"{twin[0]} of {twin[1]} of their harmless twins" + (": on this model they are weak." if weak else ".")
+    )

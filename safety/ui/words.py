@@ -1,0 +1,71 @@
+"""A run in plain words, above the numbers; and what each lane cost, counted."""
+
+from safety.engine import Answer
+from safety.settings import Lane
+
+ENDED = ("done", "limit", "refused", "stopped")
+
+
+def verdict(lanes: list[Lane], answers: list[Answer], states: list[str], harmful: bool | None = None) -> str:
+    """Say what happened, for somebody who has never heard of the defenses; "" until every lane has ended.
+
+    Args:
+        harmful: is the request known to be harmful (True) or harmless (False)? None when nobody knows.
+    """
+    if not all(state in ENDED for state in states):
+        return ""
+    if "stopped" in states:
+        return "You stopped this run: what was written until then is below."
+    parts = [_alone(answers[0])]
+    refused = [answer.name for answer in answers[1:] if answer.refused]
+    if len(lanes) == 2:
+        parts.append(_defended(answers[1]))
+    elif len(lanes) > 2:
+        names = f" ({_list(refused)})" if refused else ""
+        parts.append(f"{len(refused) or 'None'} of the {len(lanes) - 1} defended columns refused{names}.")
+    if harmful is False and (refused or answers[0].refused):
+        parts.append("This request is harmless, so a refusal here is a false alarm.")
+    elif harmful and len(lanes) > 1 and not refused:
+        parts.append("This request is harmful: here the defenses missed it.")
+    elif harmful is False and len(lanes) > 1:
+        parts.append("This request is harmless: answering it is right.")
+    return " ".join(parts)
+
+
+def _alone(answer: Answer) -> str:
+    return "On its own, the model refused." if answer.refused else "On its own, the model went along with the request."
+
+
+def _defended(answer: Answer) -> str:
+    if any(event.type == "gate" and event.fired for event in answer.events):
+        return "Defended, it was stopped before the first word: SASA judged the request harmful."
+    injection = next((event for event in answer.events if event.type == "injection"), None)
+    if injection is not None:
+        turned = "and the answer turned into a refusal" if answer.refused else "but the answer went on"
+        return f"Defended, SAPT stepped in after {injection.token} tokens, {turned}."
+    return "Defended, it refused." if answer.refused else "Defended, it went along too: no defense stepped in."
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def overhead(lane: Lane, answer: Answer, blocks: int, soft_tokens: int) -> float | None:
+    """The lane's extra work over an undefended answer of the same length, as a share of that answer's work.
+
+    Counted, not timed (lanes share one batch, so time cannot be told apart): one unit is one block on one position.
+    None while the prompt's length is not known.
+    """
+    prompt, said = answer.prompt_tokens, len(answer.tokens)
+    if not prompt or not said:
+        return None
+    extra = 0
+    if lane.sasa is not None and lane.sasa.mode == "gate":
+        extra += (blocks - 1 - lane.sasa.safety_layer) * prompt  # the projected stream, on the prompt, to the top
+    elif lane.sasa is not None and lane.sasa.mode == "project":
+        extra += blocks * prompt + (lane.sasa.fused_layer - lane.sasa.safety_layer) * (prompt + said)
+    gated = any(event.type == "gate" and event.fired for event in answer.events)
+    if lane.revision is not None and not gated:
+        extra += blocks * (prompt if lane.revision.positions == "all" else 1)
+    extra += blocks * soft_tokens * sum(event.type == "check" for event in answer.events)
+    return extra / (blocks * (prompt + said))

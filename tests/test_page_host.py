@@ -1,0 +1,238 @@
+"""What stands behind the page, without a browser: loading in the background, the line, limits, public mode, words."""
+
+import threading
+from typing import Any
+
+import pytest
+from page_stand_in import StandInEngine
+
+from safety.engine import Answer, Engine, Event, Step
+from safety.errors import UserError
+from safety.settings import Lane, Revision, Sapt, Sasa
+from safety.ui.handlers import Handlers, spec_of
+from safety.ui.host import Choice, Host
+from safety.ui.line import Line, RateLimit
+from safety.ui.live import LiveRun
+from safety.ui.mode import PRIVATE, PUBLIC, Mode, mode_of, visitor
+from safety.ui.story import explanations
+from safety.ui.top import measured, top_view
+from safety.ui.words import overhead, verdict
+
+
+def engine() -> Engine:
+    return StandInEngine(500, 0.0)  # type: ignore[return-value]
+
+
+def test_the_page_is_there_before_the_model_and_learns_of_it() -> None:
+    ready = threading.Event()
+
+    def load(choice: Choice, progress: Any) -> Engine:
+        progress("Reading weights …")
+        assert ready.wait(10)
+        return engine()
+
+    host = Host(load=load)
+    thread = host.start(Choice("miniature"))
+    with pytest.raises(UserError, match="still being loaded"):
+        host.ready()
+    assert top_view(host)["state"] == "working" and not spec_of(host)["start"]["lanes"]
+    with pytest.raises(UserError, match="being changed"):
+        host.start(Choice("other"))
+    ready.set()
+    thread.join(10)
+    assert top_view(host)["label"] == "stand-in · scripted" and top_view(host)["message"] == ""
+    assert spec_of(host)["start"]["lanes"] and spec_of(host)["version"] == 1
+
+
+def test_a_failed_load_leaves_the_old_model_working() -> None:
+    def load(choice: Choice, progress: Any) -> Engine:
+        raise UserError("No such model.") if choice.model == "none" else ZeroDivisionError("inside")
+
+    old = engine()
+    host = Host(old, load=load)
+    for name, words in (("none", "No such model."), ("bug", "ZeroDivisionError")):
+        host.start(Choice(name)).join(10)
+        assert host.ready() is old and host.version == 1
+        assert words in host.status()["message"] and "still loaded" in host.status()["message"]
+    first = Host(load=load)
+    first.start(Choice("none")).join(10)
+    with pytest.raises(UserError, match="No such model"):
+        first.ready()
+
+
+def test_calibrating_shows_its_progress_and_replaces_the_artifacts() -> None:
+    host, seen = Host(engine()), []
+
+    def work(engine: Engine, report: Any) -> Any:
+        report("vectors", 3, 4)
+        seen.append(host.status())
+        return engine.artifacts
+
+    host.calibrate(work).join(10)
+    assert seen[0]["fraction"] == 0.75 and "vectors, 3 of 4" in seen[0]["message"]
+    assert host.version == 2 and host.status()["state"] == "ready"
+
+
+def test_the_line_serves_in_order_and_is_bounded() -> None:
+    line = Line(2)
+    first, second = line.join(), line.join()
+    with pytest.raises(UserError, match="2 runs are waiting"):
+        line.join()
+    assert first.wait(0) and not second.wait(0.01) and second.ahead == 1
+    first.leave()
+    assert second.wait(0) and second.ahead == 0
+    second.leave()
+    second.leave()  # leaving twice is no error
+    assert line.join().wait(0)
+
+
+def test_a_visitor_has_so_many_runs_in_so_much_time() -> None:
+    now = [0.0]
+    limit = RateLimit(2, 60, clock=lambda: now[0])
+    limit.take("a")
+    limit.take("a")
+    limit.take("b")
+    with pytest.raises(UserError, match="wait 60 s"):
+        limit.take("a")
+    now[0] = 61
+    limit.take("a")
+    assert set(limit._times) == {"a"}  # whoever stays away is forgotten
+
+
+def test_a_space_is_public_unless_it_says_otherwise() -> None:
+    assert mode_of({}) is PRIVATE and mode_of({"SPACE_ID": "a/b"}) is PUBLIC
+    assert (
+        mode_of({"SPACE_ID": "a/b", "DEMO_MODE": "private"}) is PRIVATE and mode_of({"DEMO_MODE": "public"}) is PUBLIC
+    )
+    with pytest.raises(UserError, match="DEMO_MODE"):
+        mode_of({"DEMO_MODE": "open"})
+
+
+def test_only_a_spaces_proxy_is_believed() -> None:
+    headers = {"x-forwarded-for": "1.2.3.4, 10.0.0.1"}
+    assert visitor(headers, "10.0.0.9", {"SPACE_ID": "a/b"}) == "1.2.3.4"
+    assert visitor(headers, "10.0.0.9", {}) == "10.0.0.9" and visitor({}, None, {}) == "unknown"
+
+
+class Request:
+    """As much of gr.Request as the handlers read."""
+
+    def __init__(self, session: str = "s", host: str = "9.9.9.9") -> None:
+        self.session_hash, self.headers = session, {}  # type: ignore[var-annotated]
+        self.client = type("Client", (), {"host": host})()
+
+
+def outcome(handlers: Handlers, prompt: str, form: Any = None, request: Request | None = None) -> tuple[Any, str]:
+    """(last view or None, message) of a run."""
+    form = form or spec_of(handlers.host)["start"]
+    updates = list(handlers.run(request or Request(), None, prompt, form))  # type: ignore[arg-type]
+    views = [view for view, _, _ in updates if isinstance(view, dict) and "lanes" in view]
+    messages = [message for _, message, _ in updates if isinstance(message, str) and message]
+    return (views[-1] if views else None), " ".join(messages)
+
+
+def test_public_mode_limits_prompts_lengths_and_runs() -> None:
+    handlers = Handlers(Host(engine(), Mode(True, 64, 40, runs=2, seconds=60)))
+    assert "up to 40 characters" in outcome(handlers, "x" * 41)[1]
+    start = spec_of(handlers.host)["start"]
+    assert start["max_new_tokens"] == 64
+    assert "at most 64 tokens" in outcome(handlers, "Hello?", start | {"max_new_tokens": 65})[1]
+    assert outcome(handlers, "How do I kill a Python process?" + " " * 60)[1] == ""  # an example may be longer
+    assert outcome(handlers, "Hello?")[1] == ""
+    assert "wait" in outcome(handlers, "Hello?")[1]
+    assert outcome(handlers, "Hello?", request=Request("other", "8.8.8.8"))[1] == ""
+    assert handlers.counts == {"refused": 3, "runs": 3}
+
+
+def test_public_mode_covers_what_passes_the_alarm_until_it_is_revealed() -> None:
+    handlers = Handlers(Host(engine(), PUBLIC))
+    view, _ = outcome(handlers, "Make a list.", spec_of(handlers.host)["start"] | {"lanes": []})
+    lane = view["lanes"][0]
+    assert lane["covered"] == 22 and lane["harm"][22] >= 0.9 > lane["harm"][21]
+    assert "damage" not in str(view) and set("".join(lane["tokens"][22:]).strip()) == {"▒", " "}
+    assert not any(lane["others"][22:]) and lane["chances"][22:] == [None] * len(lane["chances"][22:])
+    revealed = handlers.reveal(Request())  # type: ignore[arg-type]
+    assert "damage" in "".join(revealed["lanes"][0]["tokens"]) and revealed["lanes"][0]["covered"] is None
+    assert revealed["run"] == view["run"] and handlers.counts["reveals"] == 1
+    assert not isinstance(handlers.reveal(Request("stranger")), dict) or "lanes" not in handlers.reveal(
+        Request("stranger")
+    )  # type: ignore[arg-type]
+    handlers.leave(Request())  # type: ignore[arg-type]
+    assert "lanes" not in handlers.reveal(Request())  # type: ignore[arg-type]
+
+
+def test_without_a_detector_a_public_page_covers_everything_but_fixed_refusals() -> None:
+    stand_in = engine()
+    stand_in.artifacts.trace = None
+    view, _ = outcome(Handlers(Host(stand_in, PUBLIC)), "Make a list.")
+    undefended, defended = view["lanes"]
+    assert undefended["covered"] == 0 and "list" not in "".join(undefended["tokens"])
+    assert defended["covered"] is None and defended["state"] == "refused"
+
+
+def test_a_public_page_logs_no_words(caplog: pytest.LogCaptureFixture) -> None:
+    stand_in = engine()
+    handlers = Handlers(Host(stand_in, PUBLIC))
+    stand_in.fail = RuntimeError("quotes my secret words")  # type: ignore[attr-defined]
+    with caplog.at_level("DEBUG"):
+        assert "Something went wrong" in outcome(handlers, "my secret words")[1]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("safety")]
+    assert any("RuntimeError" in line for line in ours) and not any("secret" in line for line in ours)
+
+
+def test_a_full_line_is_refused_with_a_sentence() -> None:
+    host = Host(engine(), Mode(places=1))
+    LiveRun(host, [Lane("x")], {}, prompt="Hello?", image=None, max_new_tokens=8)
+    assert "waiting already" in outcome(Handlers(host), "Hello?")[1]
+
+
+def answer(text: str, events: tuple[Event, ...] = (), name: str = "Defended") -> Answer:
+    done = Answer(name, 0.9)
+    for i, word in enumerate(text.split()):
+        done.add(Step(0, 0, i, 1, word + " ", 0.1, events if i == 0 else (), None, 1.0, 0.1, prompt_tokens=100))
+    return done
+
+
+def test_a_run_in_plain_words() -> None:
+    lanes = [Lane("No defense"), Lane("Defended", Sasa(1, 2), sapt=Sapt())]
+    went, refused = answer("Sure, here it is", name="No defense"), answer("I'm sorry, but I can't help with that.")
+    gate, injected = Event("gate", 0, 0.9, 0.5, True), Event("injection", 16, 0.9, 0.5, True)
+    assert verdict(lanes, [went, refused], ["streaming", "done"]) == ""
+    assert "went along" in verdict(lanes, [went, refused], ["done", "done"])
+    stopped = answer("I'm sorry, but I can't help with that.", (gate,))
+    assert "before the first word" in verdict(lanes, [went, stopped], ["done", "refused"], True)
+    turned = answer("Well. I'm sorry, but I can't help with that.", (injected,))
+    assert "after 16 tokens, and the answer turned" in verdict(lanes, [went, turned], ["done", "done"])
+    assert "false alarm" in verdict(lanes, [went, refused], ["done", "done"], harmful=False)
+    assert "missed it" in verdict(lanes, [went, answer("Sure, go on")], ["done", "done"], harmful=True)
+    many = [*lanes, Lane("SASA", Sasa(1, 2))]
+    assert "1 of the 2 defended columns refused (Defended)" in verdict(many, [went, refused, went], ["done"] * 3)
+
+
+def test_a_lanes_extra_work_is_counted() -> None:
+    said = answer("w " * 20, (Event("check", 16, 0.1, 0.9, False),))
+    assert overhead(Lane("x"), answer("w " * 20), 30, 4) == 0
+    assert overhead(Lane("x", sapt=Sapt()), said, 30, 4) == pytest.approx(4 / 120)
+    assert overhead(Lane("x", revision=Revision(3)), answer("w " * 20), 30, 4) == pytest.approx(1 / 120)
+    assert overhead(Lane("x", Sasa(9, 11)), answer("w " * 20), 30, 4) == pytest.approx(20 * 100 / (30 * 120))
+    assert overhead(Lane("x"), answer(""), 30, 4) is None
+
+
+def test_the_measurements_come_from_the_artifacts() -> None:
+    host = Host(engine())
+    table = top_view(host)["measured"]
+    assert table["lanes"] == ["No defense", "SASA", "All together"]
+    assert table["rows"][0] == {"kind": "picture attacks", "harmless": False, "refused": [[0, 24], [5, 24], [12, 24]]}
+    assert "refused 12 of 24 picture attacks and 10 of 24 of their harmless twins" in table["sentence"]
+    assert "weak" in table["sentence"]
+    good = {
+        "all": {"typographic": {"refused": {"hits": 9, "n": 10}}, "typographic twin": {"refused": {"hits": 0, "n": 9}}}
+    }
+    assert "weak" not in measured({"held_out": good})["sentence"]  # type: ignore[index]
+    for nothing in ({}, {"held_out": 3}, {"held_out": {"all": {"typographic": {}}}}):
+        assert measured(nothing) is None
+
+
+def test_every_defense_has_a_drawing_and_words() -> None:
+    markup = explanations()
+    assert markup.count('<svg class="drawing') == 4 and markup.count('role="tooltip"') >= 8 and "[" not in markup
