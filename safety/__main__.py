@@ -1,4 +1,4 @@
-"""python -m safety generate | calibrate | evaluate | report | artifacts | bench | mini"""
+"""python -m safety generate | calibrate | evaluate | attack | report | artifacts | bench | mini"""
 
 import argparse
 import json
@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_model(evaluate)
     from safety.evaluate import command as evaluation
     evaluation.add_arguments(evaluate)
+    attack = commands.add_parser("attack", help="perturb pictures until refused requests are answered")
+    _add_model(attack)
+    from safety.evaluate import adversarial
+    adversarial.add_arguments(attack)
     evaluation.add_report_arguments(commands.add_parser("report", help="write an evaluation's report again"))
     from safety import share
     share.add_arguments(commands.add_parser("artifacts", help="list, push, pull or transfer artifacts"), _add_model)
@@ -45,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return evaluation.check_judge(arguments.check_judge)
             evaluation.run.one_gpu_each()
             return evaluation.evaluate(_load(arguments), arguments)
+        if arguments.command == "attack":
+            return adversarial.run(_load(arguments), arguments)
         if arguments.command == "report":
             return evaluation.report(arguments)
         if arguments.command == "artifacts":
