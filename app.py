@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         port = check_address(flags.host, flags.port)
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-        print("Opening the page …", flush=True)
+        print(f"Opening the page and loading {flags.model} …", flush=True)
         from safety.ui import Host, build_page, launch_options  # seconds of imports: not before the flags are good
         from safety.ui.host import Choice
         from safety.ui.mode import mode_of

@@ -29,15 +29,14 @@ def miniature() -> Engine:
 
 def answer_in(page: Any, tokens: int) -> None:
     """Limit the answers' length with the page's own control."""
-    page.click("#advanced button")
-    page.fill("#advanced input[type=number] >> nth=0", str(tokens))
-    page.keyboard.press("Tab")
+    page.click(".sampling summary")
+    page.fill(".sampling .number >> nth=0", str(tokens))
 
 
 def test_every_column_of_a_random_model_streams(browser: Any) -> None:
     lvlm = tiny_llava()
     with served(build_page(Engine(lvlm, random_artifacts(lvlm)))) as address, opened(browser, address) as page:
-        page.click("#separate input")
+        page.click("[data-layout=each]")
         answer_in(page, 16)
         start(page, ".card-run >> nth=0")
         wait_for_end(page, 90_000)

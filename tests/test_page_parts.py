@@ -2,7 +2,6 @@
 
 import json
 import socket
-from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -283,14 +282,24 @@ def test_app_says_when_the_host_is_unknown(capsys: pytest.CaptureFixture[str]) -
     assert "is not an address" in capsys.readouterr().err
 
 
-@pytest.mark.skip
-def test_app_prints_a_sentence_when_loading_fails(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse(*_: Any, **__: Any) -> SimpleNamespace:
+def test_app_opens_the_page_although_the_model_cannot_be_loaded(
+    monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise UserError("The model was not found: check its name.")
 
-    monkeypatch.setattr("safety.loading.load", refuse)
-    assert app.main(["--port", "18765", "--model", "nobody/nothing"]) == 2
-    captured = capsys.readouterr()
-    assert (
-        captured.err.strip() == "The model was not found: check its name." and "Loading nobody/nothing" in captured.out
-    )
+    opened: list[str] = []
+    monkeypatch.setattr("safety.load", refuse)
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: opened.append(options["server_name"]))
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda self: None)
+    assert app.main(["--port", "18765", "--model", "nobody/nothing"]) == 0
+    told = capsys.readouterr().out
+    assert opened == ["127.0.0.1"] and "loading nobody/nothing" in told
+    assert "The model was not found: check its name." in told and "Ready" not in told
+
+
+def test_app_takes_its_defaults_from_a_spaces_variables(monkeypatch: Any) -> None:
+    monkeypatch.setenv("DEMO_MODEL", "org/model")
+    monkeypatch.setenv("DEMO_QUANTIZATION", "nf4")
+    flags = app.parse(["--artifacts", "here", "--revision", "main"])
+    assert (flags.model, flags.quantization, flags.artifacts, flags.revision) == ("org/model", "nf4", "here", "main")

@@ -40,11 +40,14 @@ class _Metronome:
     def __init__(self, rate: float, tokens: int):
         self.rate, self.tokens = rate, tokens
         self.sent: dict[tuple[int, int], float] = {}
-        self.lvlm = SimpleNamespace(label="metronome", lock=threading.Lock())
+        self.lvlm = SimpleNamespace(name="metronome", label="metronome", blocks=30, lock=threading.Lock())
         self.artifacts = SimpleNamespace(
             sasa=None,
             revision=None,
-            sapt=SimpleNamespace(length=4),
+            sapt=SimpleNamespace(length=4, detectors={"joint": None}),
+            layers=None,
+            about={},
+            check=lambda lane, blocks: None,
             trace=SimpleNamespace(threshold=0.9),
             settings=SimpleNamespace(sasa=None, revision=None, sapt=Sapt()),
         )

@@ -13,6 +13,7 @@ from safety.ui.page import build_page
 VIEWS: dict[str, dict[str, Any]] = {
     "page-light": {"viewport": {"width": 1366, "height": 860}, "color_scheme": "light"},
     "page-dark": {"viewport": {"width": 1366, "height": 860}, "color_scheme": "dark"},
+    "page-wide": {"viewport": {"width": 3840, "height": 2160}, "color_scheme": "light"},
     "page-phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
 }
 FINISHED = """() => [...document.querySelectorAll('.lane')].every(
