@@ -2,6 +2,7 @@
 
 import io
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,9 @@ def test_observations_equal_plain_forward_passes_and_the_engines_answers(lvlm, t
     Image.new("RGB", (30, 30), "red").save(picture)
     samples = [Sample("a", "Hi", "unsafe", "", str(picture)), Sample("b", "What is it, then?", "safe", ""),
                Sample("c", "Tell me", "unsafe", "", response="yes")]
+    empty = observe.observe(lvlm, [Sample("d", "Hm", "safe", "", response="")], [None], [], tmp_path, 6, Progress())[0]
+    assert empty.ids == [] and empty.tensor("states").shape == (1, lvlm.width)
+    assert empty.tensor("cache").shape[2] == empty.length
     seen = observe.observe(lvlm, samples, ["No.", None, "No."], [(1, 3)], tmp_path / "seen", 6, Progress())
     engine = Engine(lvlm, Artifacts())
     for sample, one in zip(samples[:2], seen[:2], strict=True):
@@ -175,8 +179,8 @@ def lesson(lvlm, prompt: str, answer: str, refusal: str | None) -> soft_prompt.L
     ids = ids_of(lvlm, answer)
     inputs = lvlm.prepare(prompt, None, 0)
     trunk = lvlm.prefill(append_ids(inputs, ids), set())
-    return soft_prompt.Lesson(ids, None if refusal is None else ids_of(lvlm, refusal), inputs["input_ids"].shape[1],
-                              0, lambda: pack(trunk.cache))
+    return soft_prompt.Lesson(ids, None if refusal is None else [*ids_of(lvlm, refusal), 2],
+                              inputs["input_ids"].shape[1], 0, lambda: pack(trunk.cache), (2,))
 
 
 def test_joined_caches_are_padded_on_the_left():
@@ -276,10 +280,14 @@ def test_wilson_interval_and_conformal_threshold():
     assert alarms <= 0.12
 
 
-def test_random_cuts_are_empty_for_a_third(lvlm, lessons):
+def test_random_cuts_are_empty_for_a_third_and_leave_something_to_say(lvlm, lessons):
     rng = random.Random(0)
     cuts = [soft_prompt.random_cut(lessons[0], soft_prompt.Recipe(), rng) for _ in range(600)]
     assert 0.28 < cuts.count(0) / 600 < 0.39 and max(cuts) == len(lessons[0].answer)
+    ended, cut_off = lessons[1], replace(lessons[1], end=())
+    for one, most in ((ended, len(ended.answer)), (cut_off, len(ended.answer) - 1)):
+        cuts = {soft_prompt.random_cut(one, soft_prompt.Recipe(), rng) for _ in range(300)}
+        assert max(cuts) == most and all(one.target(cut) for cut in cuts)
 
 
 def test_per_input_choice_takes_the_most_certain_pair(lvlm):

@@ -81,7 +81,7 @@ def model_key(lvlm: LVLM) -> str:
     """Changes with the weights, also with those of a folder, whose revision says nothing: 64 numbers of each tensor."""
     sums = hashlib.sha256()
     for name, tensor in sorted(lvlm.model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
+        flat = (tensor.to_dense() if tensor.is_mkldnn else tensor).detach().reshape(-1)
         sums.update(name.encode() + str(tuple(tensor.shape)).encode())
         sums.update(flat[::max(1, len(flat) // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest(fingerprint(lvlm), lvlm.label, sums.hexdigest())
@@ -151,7 +151,9 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
             tensors |= {f"refusal.{name}": value for name, value in reading(lvlm, trunk, said).items()
                         if name != "states"}
             trunk.cache.crop(-len(said))
-        read = reading(lvlm, trunk, ids)
+        read = reading(lvlm, trunk, ids or sorted(lvlm.eos_ids)[:1])  # an empty answer is read as its end
+        if not ids:
+            trunk.cache.crop(-1)
         tensors |= {"answer.layers": read["layers"], "answer.heads": read["heads"], "states": read["states"]}
         tensors["cache"] = pack(trunk.cache, _small(lvlm)).cpu()
         meta = {"answer": response if response is not None else lvlm.text(ids), "ids": json.dumps(ids),

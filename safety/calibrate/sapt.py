@@ -70,10 +70,13 @@ def _lesson(material: Material, index: int) -> Lesson | None:
     if material.unsafe[index] and not material.complied[index]:
         return None
     seen = material.observed[index]
-    refusal = None
+    refusal, end = None, sorted(material.lvlm.eos_ids)[:1]
     if material.unsafe[index]:
-        refusal = material.lvlm.tokenizer(refusal_for(index), add_special_tokens=False)["input_ids"]
-    return Lesson(seen.ids, refusal, seen.length, seen.offset, _cache_of(material, index))
+        refusal = material.lvlm.tokenizer(refusal_for(index), add_special_tokens=False)["input_ids"] + end
+    elif not seen.ids and not end:
+        return None
+    ended = material.samples[index].response is not None or len(seen.ids) < material.recipe.answer_tokens
+    return Lesson(seen.ids, refusal, seen.length, seen.offset, _cache_of(material, index), tuple(end) if ended else ())
 
 
 def _cache_of(material: Material, index: int) -> Callable[[], Tensor]:
@@ -123,8 +126,7 @@ def check_points(tokens: int, ended: bool, interval: int) -> list[int]:
 def _checks(material: Material, soft: Tensor, lessons: dict[int, Lesson]) -> dict[int, Tensor]:
     """{sample: [checks, width]}: what each check of its undefended answer would see, by the model as it is served."""
     rows = [(index, cut) for index, lesson in lessons.items()
-            for cut in check_points(len(lesson.answer), len(lesson.answer) < material.recipe.answer_tokens,
-                                    material.recipe.interval)]
+            for cut in check_points(len(lesson.answer), bool(lesson.end), material.recipe.interval)]
     found: dict[int, list[Tensor]] = {index: [] for index in lessons}
     with material.progress.stage("states at SAPT's checks", len(rows)) as tick:
         for start in range(0, len(rows), BATCH):

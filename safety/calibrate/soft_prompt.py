@@ -47,9 +47,10 @@ class Lesson:
     """A request, the undefended answer to it, and, where the answer is harmful, the refusal to learn.
 
     Attributes:
-        answer, refusal: token ids; refusal is None for a benign lesson.
+        answer: token ids. refusal: token ids with the one that ends an answer; None for a benign lesson.
         length: prompt positions. offset: rotary position of a token minus its index.
         cache: returns the keys and values of prompt and answer, packed (`caches.pack`).
+        end: the token that ended the answer; nothing where it was cut off.
     """
 
     answer: list[int]
@@ -57,6 +58,11 @@ class Lesson:
     length: int
     offset: int
     cache: Callable[[], Tensor]
+    end: tuple[int, ...] = ()
+
+    def target(self, cut: int) -> list[int]:
+        """What should follow the answer's first `cut` tokens."""
+        return self.refusal if self.refusal is not None else [*self.answer, *self.end][cut:]
 
     def behind(self, cut: int) -> Tensor:
         """Keys and values of the prompt and the answer's first `cut` tokens."""
@@ -84,17 +90,17 @@ class SoftPrompt(nn.Module):
 
 
 def random_cut(lesson: Lesson, recipe: Recipe, rng: random.Random) -> int:
-    """How much of the answer stands before the soft prompt: nothing for one third of the draws."""
-    return 0 if not lesson.answer or rng.random() < recipe.empty_share else rng.randint(1, len(lesson.answer))
+    """How much of the answer stands before the soft prompt: nothing for one third of the draws. A benign answer is
+    never used up: something must follow."""
+    most = len(lesson.answer) - (lesson.refusal is None and not lesson.end)
+    return 0 if most < 1 or rng.random() < recipe.empty_share else rng.randint(1, most)
 
 
 def losses(trainable: LVLM, module: SoftPrompt, lessons: Sequence[Lesson], cuts: Sequence[int],
            recipe: Recipe) -> tuple[Tensor, Tensor]:
     """([lessons] mean cross-entropy of each target behind the soft prompt, [lessons] detector losses)."""
     device = trainable.device
-    end = sorted(trainable.eos_ids)[:1]
-    targets = [((lesson.answer + end)[cut:] if lesson.refusal is None else lesson.refusal + end)[:recipe.target_tokens]
-               for lesson, cut in zip(lessons, cuts, strict=True)]
+    targets = [lesson.target(cut)[:recipe.target_tokens] for lesson, cut in zip(lessons, cuts, strict=True)]
     width = max(map(len, targets))
     ids = torch.tensor([target + [0] * (width - len(target)) for target in targets], device=device)
     real = torch.tensor([[1.0] * len(target) + [0.0] * (width - len(target)) for target in targets], device=device)
