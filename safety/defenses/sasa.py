@@ -27,7 +27,7 @@ def project(safety: Tensor, fused: Tensor, strength: float) -> Tensor:
 
     Returns: [..., width] in the dtype of `safety`.
     """
-    s, f = safety.float(), fused.float()
+    s, f = safety.float(), fused.to(safety.device).float()
     scale = (s * f).sum(-1, keepdim=True) / ((f * f).sum(-1, keepdim=True) + 1e-6)
     return torch.lerp(s, scale * f, strength).to(safety.dtype)
 
