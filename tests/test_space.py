@@ -139,7 +139,12 @@ assert app.main(["--port", "{port}"]) == 0
 page, options = launched[0]
 print("zero" if space._engine else "plain", options["server_name"], len(page.fns))
 """
-STUB = "import sys\nfirst = 'torch' not in sys.modules and 'gradio' not in sys.modules\ndef GPU(duration):\n    return lambda task: task\n"
+STUB = """
+import sys
+first = "torch" not in sys.modules and "gradio" not in sys.modules
+def GPU(duration):
+    return lambda task: task
+"""
 
 
 def test_the_app_starts_on_zero_gpu(tmp_path: Path) -> None:

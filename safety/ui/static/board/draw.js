@@ -24,7 +24,7 @@ function paint(view) {
     setText(column.speed, lane.speed + work);
     column.speed.title = work && lane.defended ? 'Counted: blocks times positions that this lane computed beyond an undefended answer of the same length' : '';
   });
-  setText(find('.verdict'), view.verdict || (view.run === 'empty' ? '' : view.lanes.some(lane => ['error', 'memory'].includes(lane.state)) ? 'This run failed.' : 'Running …'));
+  setText(find('.verdict'), view.verdict || (view.run === 'empty' ? 'Pick an example or ask something: what happens is said here in plain words.' : view.lanes.some(lane => ['error', 'memory'].includes(lane.state)) ? 'This run failed.' : 'Running …'));
   drawLayers(view);
   drawKeep(view);
   remember(view);

@@ -10,7 +10,8 @@ function inspectable(column) {
     if (token) light(column, Number(token.dataset.i));
   });
   plot.addEventListener('mousemove', event => {
-    if (column.at) light(column, column.at(event.clientX - plot.getBoundingClientRect().left), true);
+    const box = plot.getBoundingClientRect();  // may be zoomed on very large screens
+    if (column.at) light(column, Math.max(0, column.at((event.clientX - box.left) * column.width / box.width)), true);
   });
   for (const node of [body, plot]) {
     node.addEventListener('mouseleave', () => { if (document.activeElement !== text) light(column, null); });

@@ -2,7 +2,8 @@
 const keepBox = find('.keep'), kept = keepBox.querySelector('.kept');
 
 function drawKeep(view) {
-  keepBox.hidden = !view.lanes.every(lane => ENDED.includes(lane.state));
+  const ended = view.lanes.every(lane => ENDED.includes(lane.state));
+  for (const name of ['json', 'html']) keepBox.querySelector('.save-' + name).disabled = !ended;
 }
 
 function offer(name, type, content) {
@@ -79,5 +80,7 @@ keepBox.querySelector('.save-html').addEventListener('click', () =>
 keepBox.querySelector('.save-link').addEventListener('click', () => {
   const answer = {};
   window.dispatchEvent(new CustomEvent('safety:link', {detail: answer}));
-  navigator.clipboard?.writeText(answer.link).then(() => setText(kept, 'Link copied.'), () => setText(kept, answer.link));
+  const show = () => setText(kept, answer.link);  // without a clipboard, the link itself
+  if (navigator.clipboard) navigator.clipboard.writeText(answer.link).then(() => setText(kept, 'Link copied.'), show);
+  else show();
 });

@@ -4,7 +4,7 @@ let layersDrawn = '';
 
 function drawLayers(view) {
   const values = view.layers, trust = view.about.layer_auroc || [];
-  layersBox.hidden = !values;
+  layersBox.hidden = !values && !trust.length;  // there from the run's start, so that nothing jumps when it is drawn
   const key = JSON.stringify([view.run, values]);
   if (!values || key === layersDrawn) return;
   layersDrawn = key;

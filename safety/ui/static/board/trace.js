@@ -1,5 +1,5 @@
 // The trace: a frame that is drawn anew only when its scale changes, and a line that grows.
-const PLOT = {height: 132, left: 30, right: 10, top: 10, bottom: 20};
+const PLOT = {height: 118, left: 30, right: 10, top: 10, bottom: 20};
 
 function drawFrame(column, view, width, line) {
   const {height, left, right, top, bottom} = PLOT, {plot} = column;
