@@ -88,11 +88,11 @@ def test_every_sample_is_answered_once_in_every_lane(finished, home):
     assert len(records) == 7 * 5
     lines = (finished / "answers.jsonl").read_text().splitlines()
     assert len(lines) == len(records)
-    assert records[str(home / "own.jsonl"), "s1", "none"]["asked"] == "the real one"
+    assert records["own", "s1", "none"]["asked"] == "the real one"
 
 
 def test_batches_answer_as_one_by_one(finished, home, lvlm, artifacts):
-    suite = str(home / "own.jsonl")
+    suite = "own"
     arm = parse_arms("sapt:interval=3:threshold=0.4", lambda folder: artifacts)[0]
     for number in (0, 3):
         record = read_records(finished)[suite, f"s{number}", arm.name]
@@ -106,7 +106,7 @@ def test_batches_answer_as_one_by_one(finished, home, lvlm, artifacts):
 def test_json_summary_has_the_promised_form(finished, home, lvlm, capsys):
     assert command.evaluate(lvlm, arguments(home, finished)) == 0  # everything is there: nothing is asked again
     summary = json.loads(capsys.readouterr().out)
-    lanes = summary["suites"][str(home / "own.jsonl")]
+    lanes = summary["suites"]["own"]
     assert list(lanes) == LANES.split(",")
     for row in lanes.values():
         assert set(row) >= {"n", "attack_success", "refusal", "over_refusal", "utility", "garbage",
@@ -183,8 +183,9 @@ def test_a_sample_that_cannot_be_served_is_left_out_of_every_lane(home, lvlm, tm
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     samples = [Sample("good", "hello", "safe", ""), Sample("bad", "hello", "safe", "", str(tmp_path / "broken.png"))]
     write_samples(samples, tmp_path / "two.jsonl")
-    suite = str(tmp_path / "two.jsonl")
-    command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[suite], lanes="none,blank-image"))
+    suite = "two"
+    command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")],
+                                     lanes="none,blank-image"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     for row in summary["suites"][suite].values():
         assert (row["n"], row["errors"]) == (1, 1)
@@ -310,7 +311,7 @@ class Tags(HTMLParser):
 def test_the_report_is_self_contained_escaped_and_reproducible(tmp_path, capsys):
     hostile_summary(tmp_path)
     first = [path.read_bytes() for path in write_report(tmp_path)]
-    assert command.report(argparse.Namespace(folder=tmp_path)) == 0
+    assert command.report(argparse.Namespace(folder=tmp_path, inspect=False)) == 0
     assert [path.read_bytes() for path in (tmp_path / "report.md", tmp_path / "report.html")] == first
     page = (tmp_path / "report.html").read_text()
     tags = Tags()
@@ -323,6 +324,25 @@ def test_the_report_is_self_contained_escaped_and_reproducible(tmp_path, capsys)
     assert "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page
     table = (tmp_path / "report.md").read_text()
     assert "3/3, 100 %" in table and "κ not measured" in table
+
+
+def test_answers_open_in_inspect(finished):
+    log = pytest.importorskip("inspect_ai.log", reason="the optional package inspect_ai is not installed")
+    assert command.report(argparse.Namespace(folder=finished, inspect=True)) == 0
+    summary = json.loads((finished / "summary.json").read_text())
+    logs = {(found.eval.task, found.eval.model): found
+            for found in map(log.read_eval_log, sorted((finished / "inspect").glob("*.eval")))}
+    assert {model for _, model in logs} == {f"safety/{lane}" for lane in LANES.split(",")}
+    for lane in LANES.split(","):
+        found = logs["own", f"safety/{lane}"]
+        assert found.status == "success"
+        said = {sample.id: sample.output.completion for sample in found.samples}
+        assert said == {number: "".join(record["tokens"]) for (_, number, arm), record
+                        in read_records(finished).items() if arm == lane}
+        for score in found.results.scores:
+            row = summary["suites"]["own"][lane][score.name]
+            assert score.metrics["mean"].value == pytest.approx(row["rate"])
+            assert score.scored_samples == row["n"]
 
 
 def test_no_summary_no_report(tmp_path):

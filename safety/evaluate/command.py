@@ -66,7 +66,8 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     names = [name for given in arguments.suite or ["standard"] for name in suites.SETS.get(given, (given,))]
     # Each process draws the pictures for itself: writing one file twice at a time would tear it.
     pictures = arguments.out / "pictures" if process == 0 else arguments.out / f"pictures-{process}"
-    made = {name: suites.suite(name, pictures, arguments.limit, arguments.seed) for name in dict.fromkeys(names)}
+    made = {suites.title(name): suites.suite(name, pictures, arguments.limit, arguments.seed)
+            for name in dict.fromkeys(names)}
     samples = {name: rows for name, (_, rows) in made.items()}
     records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens,
                           batch=arguments.batch, process=process, processes=processes)
@@ -97,11 +98,16 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `report`."""
     parser.add_argument("folder", type=Path, help="the --out of an evaluation")
+    parser.add_argument("--inspect", action="store_true",
+                        help="also write logs for inspect_ai's viewer into the folder (requirements-eval.txt)")
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Write the report of an evaluation again, from its summary."""
+    """Write the report of an evaluation again, from its summary; with --inspect, its answers as logs as well."""
     from safety.evaluate.report import write_report
-    for path in write_report(arguments.folder):
-        print(path)
+    written = write_report(arguments.folder)
+    if arguments.inspect:
+        from safety.evaluate.inspect_log import export
+        written += export(arguments.folder)
+    print(*written, sep="\n")
     return 0

@@ -105,9 +105,10 @@ def _answers(engine: Engine, group: Sequence[Arm], samples: Sequence[Sample],
 
 def _record(suite: str, sample: Sample, arm: Arm, key: str, answer: Answer | str) -> dict[str, Any]:
     """One line of the file: the sample, and the whole transcript in one arm."""
-    record: dict[str, Any] = {"suite": suite, "id": sample.id, "arm": arm.name, "key": key, "label": sample.label,
-                              "scenario": sample.scenario, "asked": sample.asked, "expected": list(sample.expected),
-                              "image": sample.image is not None}
+    record: dict[str, Any] = {
+        "suite": suite, "id": sample.id, "arm": arm.name, "key": key, "label": sample.label,
+        "scenario": sample.scenario, "prompt": sample.prompt, "image": sample.image is not None,
+        "asked": sample.asked, "expected": list(sample.expected)}
     if isinstance(answer, str):
         return record | {"error": answer}
     events = [{**asdict(event), "probability": round(event.probability, DIGITS)} for event in answer.events]

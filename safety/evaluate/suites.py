@@ -146,6 +146,15 @@ SUITES: dict[str, Suite] = {
 SETS = {"standard": tuple(SUITES), "quick": ("figstep", "figstep-text", "twins", "text-twins", "reading")}
 
 
+def title(name: str) -> str:
+    """What a suite is called in results: its name; a file's without folder and ending; a benchmark's without source."""
+    if name in SUITES:
+        return name
+    benchmark, colon, _ = name.partition(":")
+    called = f"{benchmark} (benchmark)" if colon else Path(name).stem
+    return f"{called} (file)" if called in SUITES else called
+
+
 def suite(name: str, folder: Path, limit: int, seed: int = 0) -> tuple[str, list[Sample]]:
     """A suite by name (its pictures are drawn into `folder`), or read from a sample file or a benchmark.
 

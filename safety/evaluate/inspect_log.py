@@ -1,0 +1,74 @@
+"""Answers as logs of inspect_ai, so that they open in the field's own viewer: `inspect view --log-dir DIR/inspect`.
+
+One log per suite and lane. A model provider, "safety", says again what the lane said; inspect_ai runs its task with our
+judges as scorers. Nothing is generated anew. An optional extra: requirements-eval.txt.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safety.errors import UserError
+from safety.evaluate.records import read_records, text_of
+from safety.evaluate.summary import scores
+
+MEASURES = ("attack_success", "refusal", "over_refusal", "utility", "garbage")
+
+
+def export(folder: Path) -> list[Path]:
+    """Write the logs of an evaluation into `folder`/inspect.
+
+    Raises:
+        UserError: inspect_ai is not installed, or the folder holds no answers.
+    """
+    try:
+        from inspect_ai import Task, eval  # inspect_ai's own name for it
+        from inspect_ai.dataset import Sample
+        from inspect_ai.model import ChatMessage, ChatMessageUser, Model, ModelAPI, ModelOutput, get_model, modelapi
+        from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
+        from inspect_ai.solver import TaskState, generate
+    except ImportError as error:
+        raise UserError("Logs for inspect_ai need the package inspect-ai: pip install -r requirements-eval.txt."
+                        ) from error
+    records = {key: record for key, record in read_records(folder).items() if "error" not in record}
+    if not records:
+        raise UserError(f"{folder} holds no answers. Evaluate first: python -m safety evaluate --out {folder}.")
+
+    class Replay(ModelAPI):
+        """Says what lane `model_name` said to the sample that the message names."""
+
+        def __init__(self, model_name: str, base_url: str | None = None, api_key: str | None = None,
+                     config: Any = None, **arguments: Any) -> None:
+            super().__init__(model_name, base_url, api_key)
+
+        async def generate(self, input: list[ChatMessage], tools: Any, tool_choice: Any, config: Any) -> ModelOutput:
+            record = records[(input[-1].metadata or {})["suite"], (input[-1].metadata or {})["id"], self.model_name]
+            output = ModelOutput.from_content(self.model_name, text_of(record))
+            output.metadata = {"events": record["events"], "harm": record["harm"], "finish": record["finish"]}
+            return output
+
+    modelapi(name="safety")(Replay)
+
+    def judged(measure: str) -> Scorer:
+        @scorer(name=measure, metrics=[mean(), stderr()])
+        def make() -> Scorer:
+            async def score(state: TaskState, target: Target) -> Score | None:
+                record = records[state.metadata["suite"], str(state.sample_id), state.metadata["arm"]]
+                value = scores(record)[measure]
+                return None if value is None else Score(value=value, answer=text_of(record))
+            return score
+        return make()
+
+    made = []
+    for suite, arm in dict.fromkeys((suite, arm) for suite, _, arm in records):
+        rows = [record for (other, _, lane), record in records.items() if (other, lane) == (suite, arm)]
+        samples = [Sample(id=row["id"], target=row["asked"], metadata={
+            "suite": suite, "arm": arm, "label": row["label"], "scenario": row["scenario"]},
+            input=[ChatMessageUser(content=row["prompt"], metadata={"suite": suite, "id": row["id"]})]) for row in rows]
+        applicable = [name for name in MEASURES if any(scores(row)[name] is not None for row in rows)]
+        model: Model = get_model(f"safety/{arm}", memoize=False)
+        log, = eval(Task(dataset=samples, solver=generate(), scorer=[judged(name) for name in applicable], name=suite),
+                    model=model, log_dir=str(folder / "inspect"), display="none", log_format="eval")
+        if log.status != "success":
+            raise UserError(f"inspect_ai could not write the log of {suite} in lane {arm}: {log.error}.")
+        made.append(Path(log.location))
+    return made
