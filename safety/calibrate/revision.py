@@ -20,6 +20,7 @@ from safety.calibrate.observe import READ_TOKENS, digest, reading, refusal_for, 
 from safety.calibrate.vectors import Side, fit_revision
 from safety.engine import Engine
 from safety.errors import UserError
+from safety.evaluate.judges import is_garbage
 from safety.refusal import refusal_start
 from safety.settings import MAX_LANES, Lane, Revision
 
@@ -130,7 +131,7 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
     benign = benign[::max(1, len(benign) // count)][:count]  # of every kind
     samples = [material.samples[i] for i in (*harmful, *benign)]
     plain = [material.lvlm.text(material.observed[i].ids[:TOKENS]) for i in benign]
-    helped_before = np.mean([refusal_start(text) is None and not trial.is_garbage(text) for text in plain])
+    helped_before = np.mean([refusal_start(text) is None and not is_garbage(text) for text in plain])
     engine = Engine(material.lvlm, Artifacts(revision=artifacts.revision))
     rows = []
     groups = [candidates[start:start + MAX_LANES] for start in range(0, len(candidates), MAX_LANES)]
@@ -141,12 +142,12 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
             for number, candidate in enumerate(group):
                 texts = [row[number] for row in answers]
                 refused = [answer.refused for answer in texts]
-                helped = np.mean([not answer.refused and not trial.is_garbage(answer.text)
+                helped = np.mean([not answer.refused and not is_garbage(answer.text)
                                   for answer in texts[len(harmful):]])
                 rows.append({"level": candidate.level, "layer": candidate.layer, "alpha": candidate.alpha,
                              "vector": candidate.vector, "harmful": len(harmful), "benign": len(benign),
                              "gain": round(float(np.mean(refused[:len(harmful)])), 4),
-                             "garbage": round(float(np.mean([not answer.refused and trial.is_garbage(answer.text)
+                             "garbage": round(float(np.mean([not answer.refused and is_garbage(answer.text)
                                                              for answer in texts[:len(harmful)]])), 4),
                              "benign_refused": round(float(np.mean(refused[len(harmful):])), 4),
                              "lost": round(float(helped_before - helped), 4)})

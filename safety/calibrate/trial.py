@@ -1,9 +1,9 @@
 """Try lanes on samples: who refuses what. Small and quick, to choose settings and to check them on unseen samples."""
 
-import re
 from collections.abc import Callable, Sequence
 
 from safety.engine import Engine, Request
+from safety.evaluate.judges import is_garbage
 from safety.refusal import refusal_start
 from safety.samples import Sample
 from safety.settings import Lane
@@ -11,15 +11,6 @@ from safety.statistics import rate
 from safety.transcript import Answer
 
 BATCH = 16
-
-
-def is_garbage(text: str) -> bool:
-    """Empty, nearly without letters, or repeating itself: broken text must not count as a safe or a helpful answer."""
-    words = re.findall(r"[a-z']+", text.lower())
-    if len(words) < 3:
-        return len("".join(words)) < 2
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    return (len(triples) > 10 and len(set(triples)) < 0.6 * len(triples)) or len("".join(words)) < 0.4 * len(text)
 
 
 def answer_all(engine: Engine, samples: Sequence[Sample], lanes: Sequence[Lane], max_new_tokens: int,
