@@ -13,7 +13,7 @@ from torch import nn
 
 from safety import hub, memory
 from safety.errors import UserError
-from safety.lvlm import LVLM, MINIATURE, unsupported
+from safety.lvlm import CHECKED, LVLM, MINIATURE, unsupported
 from safety.quantize import fast_dtype
 
 QUANTIZATIONS = ("none", "bf16", "int8", "nf4")
@@ -99,6 +99,8 @@ def _load_folder(folder: Path, name: str, wanted: str | None, device: str, progr
     chosen = memory.choose(name, wanted, preferred, needs, device, room)
     if chosen in ("int8", "nf4") and not _has_bitsandbytes():
         raise UserError(f"{chosen} needs bitsandbytes: pip install bitsandbytes. Or use --quantization bf16 or none.")
+    if config.model_type not in CHECKED:
+        progress(f"The defenses have not been checked on the architecture {config.model_type!r}: trust them less.")
     fetch_weights()
     _check_weight_files(folder, name)
     if replaced and not memory.fits(needs.of(chosen), memory.free_memory(device)):

@@ -20,6 +20,10 @@ from safety.errors import UserError
 from safety.inputs import check_prompt
 
 MINIATURE = "miniature"
+# Architectures on which every defense has been compared with an oracle (tests/families.py). To add one: an entry there,
+# its name here, and in this module whatever that test shows to be different.
+CHECKED = frozenset({"llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl",
+                     "deepseek_vl", "idefics3", "smolvlm", "gemma3"})
 
 
 @dataclass

@@ -8,6 +8,7 @@ from tiny import random_artifacts
 
 from safety.engine import Engine
 from safety.errors import UserError
+from safety.lvlm import CHECKED
 from safety.settings import Lane, Revision, Sapt, Sasa
 
 LANES = [
@@ -26,6 +27,10 @@ def test_every_lane_equals_the_oracle_with_an_image_and_then_without(family):
     engine = Engine(lvlm, random_artifacts(lvlm))
     for picture in (Image.new("RGB", (56, 56)), None):
         assert_like_oracle(engine, picture)
+
+
+def test_the_architectures_that_are_said_to_be_checked_are_those_checked_here():
+    assert {model_type for model_type, *_ in FAMILIES.values()} == CHECKED
 
 
 def test_sasa_keeps_out_of_deepstack_blocks():

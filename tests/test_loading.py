@@ -196,6 +196,13 @@ def test_names_and_flags_that_cannot_be_meant(saved, tmp_path, monkeypatch):
         load(str(saved), "nf4")
 
 
+def test_an_architecture_that_nobody_has_checked_is_said_to_be(saved, monkeypatch):
+    lines = []
+    monkeypatch.setattr(loading, "CHECKED", frozenset())
+    load(str(saved), "none", progress=lines.append)
+    assert "not been checked on the architecture 'llava'" in lines[0]
+
+
 def test_models_without_plain_decoder_blocks_are_named():
     mllama = AutoConfig.for_model("mllama")
     with torch.device("meta"):
