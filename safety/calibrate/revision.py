@@ -25,9 +25,9 @@ from safety.refusal import refusal_start
 from safety.settings import MAX_LANES, Lane, Revision
 
 DEPTHS = (0.35, 0.5, 0.65, 0.8)
-STRENGTHS = {"head": (1.0, 2.0, 4.0), "layer": (0.25, 0.5, 1.0)}
+STRENGTHS = {"head": (2.0, 3.0, 4.0), "layer": (0.5, 0.75, 1.0)}
 FIRST_LOOK, LONG_LOOK = 8, 36  # validation samples of each side on which all, and the best, candidates are tried
-FINALISTS = 5
+FINALISTS = 4
 TOKENS = 24  # of an answer: a refusal comes at its beginning
 LOST = 0.03  # helpful benign answers that a candidate may cost, more than chance lets through
 
@@ -107,20 +107,21 @@ def _text_sides(material: Material, numbers: list[int]) -> tuple[Side, Side]:
 
 
 def _choose(material: Material, artifacts: Artifacts) -> tuple[Revision, list[dict]]:
-    """A first look at every candidate on few validation samples, a long one at the best of them."""
+    """A first look at every candidate on few validation samples, a long one at the best of them, and at the very best
+    with the other kind of vector and a little weaker."""
     depths = sorted({min(round(share * material.lvlm.blocks), material.lvlm.blocks - 1) for share in DEPTHS})
     candidates = [Revision(layer, alpha, level) for level, strengths in STRENGTHS.items()  # type: ignore[arg-type]
                   for layer in depths for alpha in strengths]
     first = _try(material, artifacts, candidates, FIRST_LOOK, "revision: first look")
-    order = sorted(range(len(candidates)), key=lambda i: -first[i]["gain"] + 2 * max(0.0, first[i]["lost"]))
+    order = sorted(range(len(candidates)), key=lambda i: -first[i]["refused"] + 2 * max(0.0, first[i]["lost"]))
     finalists = [candidates[i] for i in order[:FINALISTS]]
-    finalists += [replace(candidate, vector="pwd") for candidate in finalists[:1]]
+    finalists += [replace(finalists[0], vector="pwd"), replace(finalists[0], alpha=0.85 * finalists[0].alpha)]
     rows = _try(material, artifacts, finalists, LONG_LOOK, "revision: long look")
-    gentle = [i for i, row in enumerate(rows) if row["lost"] <= LOST and row["gain"] > 0]
+    gentle = [i for i, row in enumerate(rows) if row["lost"] <= LOST and row["refused"] > 0]
     if gentle:
-        best = max(gentle, key=lambda i: (rows[i]["gain"], -rows[i]["lost"], -finalists[i].alpha))
+        best = max(gentle, key=lambda i: (rows[i]["refused"], -rows[i]["lost"], -finalists[i].alpha))
     else:
-        best = max(range(len(rows)), key=lambda i: rows[i]["gain"] - 2 * max(0.0, rows[i]["lost"]))
+        best = max(range(len(rows)), key=lambda i: rows[i]["refused"] - 2 * max(0.0, rows[i]["lost"]))
     return finalists[best], rows + first
 
 
@@ -146,7 +147,7 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
                                   for answer in texts[len(harmful):]])
                 rows.append({"level": candidate.level, "layer": candidate.layer, "alpha": candidate.alpha,
                              "vector": candidate.vector, "harmful": len(harmful), "benign": len(benign),
-                             "gain": round(float(np.mean(refused[:len(harmful)])), 4),
+                             "refused": round(float(np.mean(refused[:len(harmful)])), 4),
                              "garbage": round(float(np.mean([not answer.refused and is_garbage(answer.text)
                                                              for answer in texts[:len(harmful)]])), 4),
                              "benign_refused": round(float(np.mean(refused[len(harmful):])), 4),
