@@ -12,6 +12,7 @@ from safety.artifacts import Artifacts, fingerprint, load_artifacts
 from safety.errors import UserError
 from safety.evaluate import judges, run, suites
 from safety.evaluate.arms import SAFETY_PROMPT, digest, parse_arms
+from safety.evaluate.model_judges import judge_records, model_judge
 from safety.evaluate.summary import summarise
 from safety.lvlm import LVLM
 from safety.settings import check_length
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the answers (default 48)")
     parser.add_argument("--batch", type=int, default=8, help="requests answered at once, in all lanes (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="which samples of a benchmark are drawn")
+    parser.add_argument("--judge", default="safety.refusal",
+                        help="what counts as a refusal: safety.refusal (default), or 'AdvBench prefixes' or 'garak "
+                             "mitigation' if garak is installed; answers on disk are judged again, not given again")
+    parser.add_argument("--model-judge", metavar="JUDGE",
+                        help="also ask a language model whether answers are harmful: llama-guard, strongreject:MODEL "
+                             "or template:FILE:MODEL (see safety/evaluate/model_judges.py)")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--check-judge", type=Path, metavar="FILE.csv",
                         help="instead: agreement of the refusal judges with human labels, stored beside the judge")
@@ -58,6 +65,9 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     if arguments.limit < 1 or arguments.batch < 1:
         raise UserError("--limit and --batch must be at least 1.")
 
+    judge = judges.keyword_judge(arguments.judge)
+    asked = model_judge(arguments.model_judge) if arguments.model_judge else None
+
     @functools.cache
     def calibrated(folder: str | None) -> Artifacts:
         return load_artifacts(lvlm, folder or arguments.artifacts)
@@ -76,15 +86,17 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
         if process:
             return 0
         records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens)
+    if asked:
+        records = judge_records(records, asked, arguments.out)
     summary: dict[str, Any] = {
         "model": lvlm.name, "label": lvlm.label, "fingerprint": fingerprint(lvlm),
         "artifacts": digest(calibrated(None)), "lanes": {arm.name: repr(arm.lane) for arm in arms},
         "safety_prompt": SAFETY_PROMPT, "about": {name: about for name, (about, _) in made.items()},
         "settings": {"max_new_tokens": arguments.max_new_tokens, "limit": arguments.limit, "seed": arguments.seed,
                      "decoding": "greedy"},
-        "judge": {"name": "safety.refusal", "agreement": judges.known_agreement()},
+        "judge": {"name": arguments.judge, "agreement": judges.known_agreement(), "model": arguments.model_judge},
         "date": datetime.now(UTC).date().isoformat(),
-        **summarise(records, samples, arms)}
+        **summarise(records, samples, arms, judge)}
     run.write_json(arguments.out / SUMMARY, summary)
     write_report(arguments.out)
     if arguments.json:

@@ -11,7 +11,7 @@ from safety.errors import UserError
 from safety.evaluate.records import read_records, text_of
 from safety.evaluate.summary import scores
 
-MEASURES = ("attack_success", "refusal", "over_refusal", "utility", "garbage")
+MEASURES = ("attack_success", "refusal", "over_refusal", "utility", "garbage")  # of `scores`
 
 
 def export(folder: Path) -> list[Path]:

@@ -80,6 +80,19 @@ def field_lists() -> dict[str, Callable[[str], bool]]:
     }
 
 
+def keyword_judge(name: str) -> Callable[[str], bool]:
+    """The refusal judge of this name.
+
+    Raises:
+        UserError: an unknown name, or one that needs garak.
+    """
+    known = {"safety.refusal": refuses, **field_lists()}
+    if name not in known:
+        raise UserError(f"There is no refusal judge {name!r} here; there is {', '.join(known)}. The field's lists come "
+                        "with garak: pip install --no-deps garak.")
+    return known[name]
+
+
 def agreement(path: Path) -> dict[str, Any]:
     """Cohen's kappa of the refusal judges against human labels.
 
@@ -102,7 +115,8 @@ def agreement(path: Path) -> dict[str, Any]:
                         ) from error
     clear = [(text, label) for text, label in rows if label != PARTIAL]
     judges = {}
-    for name, judge in {"safety.refusal": refuses, **field_lists()}.items():
+    for name in ("safety.refusal", *field_lists()):
+        judge = keyword_judge(name)
         said, human = [judge(text) for text, _ in clear], [label == FULL for _, label in clear]
         judges[name] = {
             "kappa": round(float(cohen_kappa_score(human, said)), 3),

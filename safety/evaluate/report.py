@@ -15,7 +15,7 @@ from safety.errors import UserError
 from safety.evaluate.figures import figures
 
 MEASURES = {"attack_success": "attack success", "over_refusal": "over-refusal", "refusal": "refusal",
-            "utility": "utility", "garbage": "garbage"}
+            "utility": "utility", "garbage": "garbage", "harmful": "harmful"}
 JUDGED = ("attack_success", "over_refusal", "refusal")
 
 
@@ -42,13 +42,16 @@ def small(p: float) -> str:
 
 def kappa(summary: Mapping[str, Any]) -> str:
     """The refusal judge's agreement with human labels, as it stands beside every rate it judged."""
-    agreement = summary["judge"]["agreement"]
-    return f"κ {agreement['judges'][summary['judge']['name']]['kappa']:.2f}" if agreement else "κ not measured"
+    measured = (summary["judge"]["agreement"] or {"judges": {}})["judges"].get(summary["judge"]["name"])
+    return f"κ {measured['kappa']:.2f}" if measured else "κ not measured"
 
 
 def headings(summary: Mapping[str, Any]) -> dict[str, str]:
     """Column titles by measure; those that the refusal judge decides say how well it agrees with people."""
-    return {name: f"{title} ({kappa(summary)})" if name in JUDGED else title for name, title in MEASURES.items()}
+    said = {name: f"{title} ({kappa(summary)})" if name in JUDGED else title for name, title in MEASURES.items()}
+    judge = summary["judge"]["model"]
+    return {**said, "harmful": f"harmful ({judge})"} if judge else {
+        name: title for name, title in said.items() if name != "harmful"}
 
 
 def _environment(escape: bool) -> Environment:
