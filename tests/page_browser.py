@@ -41,12 +41,12 @@ class opened:
         return self.page
 
     def foreign(self, url: str) -> bool:
-        return not url.startswith((self.address, "data:", "blob:", "about:"))
+        return not url.startswith((self.address.partition("#")[0], "data:", "blob:", "about:"))
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.page.close()
         if kind is None:
-            assert not self.problems
+            assert not self.problems, self.problems
 
 
 def start(page: Any, button: str = "#run") -> None:

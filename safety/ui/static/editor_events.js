@@ -116,11 +116,15 @@ function follow() {
 
 let version = null;
 function refresh() {  // another model: start from what it can do
-  if (!props.spec || props.spec.version === version) return;
+  if (!props.spec) return;
+  if (props.spec.version === version) {  // an update of something else brings back the value that the server knows
+    if (JSON.stringify(props.value) !== JSON.stringify(form)) props.value = copy(form);
+    return;
+  }
   version = props.spec.version;
   buildSweep();
   adopt(props.spec.start);
   if (linked && props.spec.version) follow();
 }
-watch('spec', refresh);
+watch(['spec', 'value'], refresh);
 refresh();
