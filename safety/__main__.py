@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="measure speed ratios on this machine")
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     bench.add_argument("--repeats", type=int, default=5, help="measurements of each row (default 5)")
+    bench.add_argument("--gpu", action="store_true", help="LLaVA-1.5-7B, random weights, on a GPU: bf16 and 4 bits")
+    bench.add_argument("--tiny", action="store_true", help="with --gpu: try it out on a small model, on a CPU too")
+    bench.add_argument("--out", type=Path, default=Path("build/bench_gpu.json"), help="with --gpu: where results go")
     mini = commands.add_parser("mini", help="build or measure the miniature LVLM")
     from safety.mini import build
     build.add_arguments(mini)
@@ -56,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "artifacts":
             return share.run(arguments, lambda: _load(arguments))
         if arguments.command == "bench":
+            if arguments.gpu:
+                from safety import bench_gpu
+                return bench_gpu.run(arguments.repeats, arguments.out, arguments.tiny)
             from safety.bench import run as run_bench
             return run_bench(arguments.repeats, arguments.json)
         return build.run(arguments) or 0
