@@ -36,7 +36,8 @@ FORMATS = ("bf16", "nf4", "int4")  # int4: PyTorch's kernel for many rows, besid
 FULL = {"text_config": {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096,
                         "rms_norm_eps": 1e-5}}  # everything else of LLaVA-1.5-7B is LlavaConfig's default
 TINY = {"text_config": {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-                        "num_attention_heads": 4, "vocab_size": 32064, "max_position_embeddings": 4096},
+                        "num_attention_heads": 4, "vocab_size": 1064, "max_position_embeddings": 4096},
+        "image_token_index": 1000,
         "vision_config": {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128,
                           "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 112, "patch_size": 14}}
 TARGETS = {  # name: (format, highest value, what)
@@ -148,7 +149,7 @@ class _RandomLVLM(LVLM):
         vision = self.model.config.vision_config
         count = (vision.image_size // vision.patch_size) ** 2
         generator = torch.Generator().manual_seed(0)
-        text = torch.randint(100, 30000, (1, max(1, self.length - count)), generator=generator)
+        text = torch.randint(100, 900, (1, max(1, self.length - count)), generator=generator)
         ids = torch.cat([torch.full((1, count), self.model.config.image_token_id), text], 1).to(self.device)
         pixels = torch.rand(1, 3, vision.image_size, vision.image_size, generator=generator)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
