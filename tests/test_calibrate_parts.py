@@ -2,6 +2,7 @@
 
 import io
 import random
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from safety.artifacts import Artifacts
 from safety.calibrate import layers, observe, soft_prompt, trace, vectors
 from safety.calibrate.caches import join, pack
 from safety.calibrate.progress import Cancelled, Progress
+from safety.calibrate.samples import miniature_samples
 from safety.calibrate.sapt import check_points
 from safety.detector import cross_fit, fit_probe
 from safety.engine import Engine, Request
@@ -311,3 +313,15 @@ def test_the_trace_remembers_as_it_was_fitted(lvlm, tmp_path):
     assert answer.harm == pytest.approx(torch.tensor(running).sigmoid().tolist()[:len(answer.harm)], abs=1e-4)
     followed = trace.follow(artifacts.trace, seen.tensor("states")).tolist()
     assert answer.harm == pytest.approx(followed[:len(answer.harm)], abs=1e-4)
+
+
+def test_the_miniatures_own_samples_come_in_twins(tmp_path):
+    samples = miniature_samples(tmp_path, "train", 12)
+    kinds = Counter((sample.kind, sample.label) for sample in samples)
+    assert kinds == {("typographic", "unsafe"): 12, ("typographic twin", "safe"): 12, ("reading", "safe"): 3,
+                     ("text", "unsafe"): 6, ("text twin", "safe"): 6, ("ordinary", "safe"): 3, ("symbol", "safe"): 3}
+    attacks, twins = ([s for s in samples if s.kind == kind] for kind in ("typographic", "typographic twin"))
+    assert [s.prompt for s in attacks] == [s.prompt for s in twins] and len({s.prompt for s in attacks}) > 1
+    unseen = {s.asked for s in miniature_samples(tmp_path / "unseen", "heldout", 12) if s.kind != "symbol"}
+    assert not unseen & {s.asked for s in samples}
+    assert miniature_samples(tmp_path, "train", 12) == samples

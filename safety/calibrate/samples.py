@@ -1,64 +1,66 @@
-"""The miniature's own samples, drawn from its corpus: every harmful typographic image has a benign typographic twin,
-so that a probe cannot get by with learning typography."""
+"""The miniature's own samples, drawn from its corpus: every harmful typographic image has a benign typographic twin in
+the same style, so that a probe cannot get by with learning typography."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from safety.evaluate import draw
+from safety.evaluate.suites import FOLLOW, NAME, READ
+from safety.mini import corpus
+from safety.mini.render import figstep
+from safety.mini.symbols import COLOURS, SHAPES
 from safety.samples import CARRIER, Sample
+
+LONGEST = 75  # characters that fit a typographic picture
 
 
 def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind: int, seed: int = 0) -> list[Sample]:
     """Draw samples for the miniature from its corpus, images as PNG files in `folder`.
 
-    Kinds: "typographic" (unsafe) with "typographic twin" (safe), "text" (unsafe) with "text twin" (safe) of the same
-    word families, "symbol" (safe: a drawn symbol and an innocent question) and "ordinary" (safe text).
+    Kinds: "typographic" (unsafe) with "typographic twin" (safe), two thirds in FigStep's layout and the others each in a
+    style of its own; "text" (unsafe) with "text twin" (safe) of the same word families; and, all safe, "ordinary" (text),
+    "reading" (what does the picture say?) and "symbol" (a coloured shape to name).
     """
-    from safety.mini import corpus
-    from safety.mini.render import figstep
-    from safety.mini.symbols import COLOURS, SHAPES, shape
-
     rng = random.Random(f"{split} {seed}")
 
-    def pick(rows: list, count: int) -> list:
-        return rng.sample(rows, min(count, len(rows)))
+    def pick(rows: Sequence[corpus.Row], count: int) -> list[corpus.Row]:
+        return rng.sample(list(rows), min(count, len(rows)))
 
-    def as_list(row: corpus.Row) -> bool:
-        return row.form == "list" and len(row.text) <= 75  # fits a typographic picture
+    def lists(rows: Sequence[corpus.Row]) -> list[corpus.Row]:
+        return [row for row in rows if row.form == "list" and len(row.text) <= LONGEST]
 
-    harmful, twins = corpus.harmful(split), corpus.twins(split)
-    groups = {
-        "typographic": pick([row for row in harmful if as_list(row)], per_kind),
-        "typographic twin": pick([row for row in corpus.list_prompts(split) if as_list(row)], per_kind),
-        "text": pick(harmful, per_kind // 2),
-        "text twin": pick(twins, per_kind // 2),
-        "ordinary": pick([row for row in corpus.benign(split) if row.kind == "ordinary"], per_kind // 4),
-    }
     folder.mkdir(parents=True, exist_ok=True)
+    benign = pick(lists(corpus.list_prompts(split)), per_kind + per_kind // 4)
     samples = []
-    for kind, rows in groups.items():
+    for kind, rows in (("typographic", pick(lists(corpus.harmful(split)), per_kind)),
+                       ("typographic twin", benign[:per_kind])):
         for number, row in enumerate(rows):
             name = f"{split}-{kind.replace(' ', '-')}-{number}"
-            image, prompt, request = None, row.text, None
-            if kind.startswith("typographic"):
-                image, prompt, request = str(folder / f"{name}.png"), CARRIER, row.text
-                figstep(row.text).save(image)
-            label: Literal["safe", "unsafe"] = "unsafe" if row.label == "harmful" else "safe"
-            samples.append(Sample(name, prompt, label, row.category, image, None, kind, request))
-    questions = ("What do you see in this picture?", "What shape is this?", "Which colour is it?",
-                 "Describe the image.")
+            picture, prompt = figstep(row.text), CARRIER
+            if number % 3 == 2:
+                picture, layout = draw.typographic(row.text, f"{split} style {number}")
+                prompt = FOLLOW[layout]
+            picture.save(folder / f"{name}.png")
+            samples.append(_sample(name, row, kind, prompt, folder / f"{name}.png"))
+    for number, row in enumerate(benign[per_kind:]):
+        path = folder / f"{split}-reading-{number}.png"
+        figstep(row.text).save(path)
+        samples.append(_sample(path.stem, row, "reading", READ[number % len(READ)], path))
+    for kind, rows in (("text", pick(corpus.harmful(split), per_kind // 2)),
+                       ("text twin", pick(corpus.twins(split), per_kind // 2)),
+                       ("ordinary", pick([row for row in corpus.benign(split) if row.kind == "ordinary"],
+                                         per_kind // 4))):
+        samples += [_sample(f"{split}-{kind.replace(' ', '-')}-{number}", row, kind, row.text)
+                    for number, row in enumerate(rows)]
     for number in range(per_kind // 4):
-        name, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
         path = folder / f"{split}-symbol-{number}.png"
-        _on_white(shape(name, COLOURS[colour], rng.randint(70, 150)), rng).save(path)
-        samples.append(Sample(path.stem, rng.choice(questions), "safe", "symbol", str(path), None, "symbol"))
+        draw.coloured_shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), path.stem).save(path)
+        samples.append(Sample(path.stem, NAME[number % len(NAME)], "safe", "symbol", str(path), kind="symbol"))
     return samples
 
 
-def _on_white(picture, rng: random.Random):  # type: ignore[no-untyped-def]
-    """Paste an RGBA picture somewhere on a white 224 x 224 square."""
-    from PIL import Image
-    canvas = Image.new("RGB", (224, 224), "white")
-    corner = (rng.randint(0, 224 - picture.width), rng.randint(0, 224 - picture.height))
-    canvas.paste(picture, corner, picture)
-    return canvas
+def _sample(name: str, row: corpus.Row, kind: str, prompt: str, image: Path | None = None) -> Sample:
+    return Sample(name, prompt, "unsafe" if row.label == "harmful" else "safe", row.category,
+                  str(image) if image else None, kind=kind, request=row.text if image else None)
