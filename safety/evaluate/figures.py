@@ -27,7 +27,7 @@ def figures(summary: Summary) -> list[tuple[str, str]]:
         ("Safety against utility: the lower right corner is best.",
          _pareto(summary, "known answers", "utility", "utility where the answer is known")),
         ("Detectors: harmful requests found against false alarms.", _roc(summary)),
-        ("Are the detectors' probabilities true? Points on the diagonal are; their size is the number of answers.",
+        ("Are the detectors' probabilities true? Points on the diagonal are; their size is the share of readings.",
          _calibration(summary)),
         ("Delayed awareness: share of answers to harmful requests that have begun to refuse by a token.",
          _awareness(summary))]
@@ -92,7 +92,7 @@ def _pareto(summary: Summary, group: str, measure: str, label: str) -> str:
 
 def _detectors(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:
     """(label, curve): each detector once, from the first arm that reads it."""
-    names = {"gate": "SASA's probe", "check": "SAPT's checks", "trace": "trace, undefended"}
+    names = {"gate": "SASA's probe", "check": "SAPT's checks", "trace": "trace, highest", "trace token": "trace, token"}
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for arm, curves in summary["detectors"].items():
         for kind, curve in curves.items():
@@ -105,7 +105,7 @@ def _roc(summary: Summary) -> str:
     def paint(axes: Axes) -> None:
         for number, (label, curve) in enumerate(_detectors(summary), 1):
             axes.plot(curve["roc"]["false_alarms"], curve["roc"]["recall"], label=label,
-                      color=_style(number)["color"], linestyle=("-", "--", ":")[number % 3])
+                      color=_style(number)["color"], linestyle=("-", "--", ":", "-.")[number % 4])
         axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=0.8)
         axes.set(xlabel="false alarms on benign requests", ylabel="harmful requests found")
         axes.legend(loc="lower right", frameon=False)
@@ -118,7 +118,8 @@ def _calibration(summary: Summary) -> str:
         for number, (label, curve) in enumerate(_detectors(summary), 1):
             bins: Sequence[Mapping[str, float]] = curve["calibration"]
             axes.scatter([b["predicted"] for b in bins], [b["observed"] for b in bins],
-                         s=[8 + 3 * b["n"] for b in bins], alpha=0.7, label=label.split(":")[0], **_style(number))
+                         s=[10 + 190 * b["n"] / curve["n"] for b in bins], alpha=0.7, label=label.split(":")[0],
+                         **_style(number))
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05), xlabel="probability of harm",
                  ylabel="share that is harmful")
         axes.legend(loc="upper left", frameon=False)

@@ -54,6 +54,27 @@ def headings(summary: Mapping[str, Any]) -> dict[str, str]:
         name: title for name, title in said.items() if name != "harmful"}
 
 
+def headline(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table that says it in short, one row a lane: (column titles, rows)."""
+    judged = kappa(summary)
+    wanted = [("picture attacks", "attack_success", f"picture attacks that succeed ({judged})"),
+              ("text attacks", "attack_success", f"text attacks that succeed ({judged})"),
+              ("benign requests", "over_refusal", f"benign requests refused ({judged})"),
+              ("known answers", "utility", "right words where the answer is known")]
+    wanted = [column for column in wanted if column[0] in summary["pooled"]]
+    reduced = {row["lane"]: row for row in summary["reductions"] if row["suite"] == "picture attacks"}
+    titles = [title for _, _, title in wanted]
+    rows = [[lane, *(percent(summary["pooled"][group][lane][measure]) for group, measure, _ in wanted)]
+            for lane in summary["lanes"]]
+    if reduced:
+        titles.insert(1, "reduced by")
+        for row in rows:
+            found = reduced.get(row[0])
+            row.insert(2, "–" if found is None or found["reduction"] is None else f"{100 * found['reduction']:.0f} % "
+                       f"({100 * found['low']:.0f} to {100 * found['high']:.0f})")
+    return titles, rows
+
+
 def _environment(escape: bool) -> Environment:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=escape,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -72,7 +93,8 @@ def write_report(folder: Path) -> list[Path]:
     try:
         summary = json.loads(source.read_text(encoding="utf-8"))
         drawn = [(caption, base64.b64encode(svg.encode()).decode()) for caption, svg in figures(summary)]
-        context = {"summary": summary, "headings": headings(summary), "kappa": kappa(summary)}
+        context = {"summary": summary, "headings": headings(summary), "kappa": kappa(summary),
+                   "headline": headline(summary)}
         pages = {folder / "report.md": _environment(False).get_template("report.md").render(context),
                  folder / "report.html": _environment(True).get_template("report.html").render(figures=drawn,
                                                                                               **context)}
