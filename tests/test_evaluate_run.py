@@ -113,6 +113,7 @@ def test_json_summary_has_the_promised_form(finished, home, lvlm, capsys):
         assert set(row) >= {"n", "attack_success", "refusal", "over_refusal", "utility", "garbage",
                             "tokens_before_intervention", "seconds_per_answer"}
         assert row["n"] == 7
+        assert row["judge_kappa"] > 0.7
         for measure, n in (("attack_success", 4), ("refusal", 4), ("over_refusal", 3), ("utility", 1),
                            ("garbage", 7)):
             assert row[measure]["n"] == n

@@ -97,6 +97,10 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
         "judge": {"name": arguments.judge, "agreement": judges.known_agreement(), "model": arguments.model_judge},
         "date": datetime.now(UTC).date().isoformat(),
         **summarise(records, samples, arms, judge)}
+    agreement = (summary["judge"]["agreement"] or {"judges": {}})["judges"].get(arguments.judge, {})
+    for lanes in [*summary["suites"].values(), *summary["pooled"].values()]:
+        for measures in lanes.values():
+            measures["judge_kappa"] = agreement.get("kappa")  # beside every rate that the refusal judge decides
     run.write_json(arguments.out / SUMMARY, summary)
     write_report(arguments.out)
     if arguments.json:
