@@ -139,11 +139,12 @@ def test_an_observation_is_taken_up_only_while_all_that_it_depends_on_holds(lvlm
     progress = Progress(lambda stage, done, total: done == 3 and progress.cancel.set())
     with pytest.raises(Cancelled):
         observe.observe(lvlm, samples, [None] * 5, [], folder, 3, progress)
-    assert calls == [[0, 1], [2, 3]] and len(list(folder.glob("*.safetensors"))) == 3
+    done = [number for part in calls for number in part]
+    assert 3 <= len(done) == len(list(folder.glob("*.safetensors"))) < 5
     (folder / "half.part").write_bytes(b"killed while writing")
     calls.clear()
     assert len(observe.observe(lvlm, samples, [None] * 5, [], folder, 3, Progress())) == 5
-    assert calls == [[3, 4]]
+    assert sorted(number for part in calls for number in part) == sorted(set(range(5)) - set(done))
 
 
 def test_head_importance_equals_a_slow_and_obvious_oracle(lvlm):

@@ -9,6 +9,8 @@ the sample's content, the recipe. So a later start takes up exactly those that s
 
 import hashlib
 import json
+import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,19 +107,23 @@ def observe(lvlm: LVLM, samples: Sequence[Sample], refusals: Sequence[str | None
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{sample_key(sample, refusal, pairs, tokens)}.safetensors"
              for sample, refusal in zip(samples, refusals, strict=True)]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    left = {number for number, path in enumerate(paths) if not path.exists()}
     spent = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    with progress.stage("observing samples", len(samples), len(samples) - len(missing)) as tick:
-        for start in range(0, len(missing), BATCH):
-            part = missing[start:start + BATCH]
+    batches = [range(start, min(start + BATCH, len(samples))) for start in range(0, len(samples), BATCH)]
+    # Processes that share the work folder meet the batches in orders of their own, and leave out what is there by then.
+    random.Random(os.getpid()).shuffle(batches)
+    with progress.stage("observing samples", len(samples), len(samples) - len(left)) as tick:
+        for batch in batches:
+            part = [number for number in batch if not paths[number].exists()]
             with lvlm.lock:
-                seen = list(_observe_batch(lvlm, part, samples, refusals, pairs, tokens))
+                seen = list(_observe_batch(lvlm, part, samples, refusals, pairs, tokens)) if part else []
             for number, tensors, meta in seen:
                 size = tensors["cache"].numel() * tensors["cache"].element_size()
                 if spent + size > CACHE_BYTES:
                     del tensors["cache"]
                 spent += size
                 save_whole(tensors, paths[number], meta)
+            for _ in left & set(batch):
                 tick()
     return [_read(path) for path in paths]
 
@@ -232,7 +238,7 @@ def _small(lvlm: LVLM) -> torch.dtype:
 
 def save_whole(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = None) -> None:
     """Write a safetensors file all or nothing: a killed run leaves no half file under the final name."""
-    draft = path.with_suffix(".part")
+    draft = path.with_suffix(f".{os.getpid()}.part")
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft, meta)
     draft.replace(path)
 

@@ -6,7 +6,8 @@ Constructions (arXiv 2501.16378), always safe minus unsafe:
     text-response: as multi-response, with the request as text and the picture removed.
 """
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -138,6 +139,13 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
     groups = [candidates[start:start + MAX_LANES] for start in range(0, len(candidates), MAX_LANES)]
     with material.progress.stage(title, len(groups) * len(samples)) as tick:
         for group in groups:
+            path = material.work / f"revised-{_key(material, group, count)}.json"
+            if path.exists():
+                rows += json.loads(path.read_text())
+                for _ in samples:
+                    tick()
+                continue
+            made = []
             lanes = [Lane(str(number), revision=candidate) for number, candidate in enumerate(group)]
             answers = trial.answer_all(engine, samples, lanes, TOKENS, tick=tick)
             for number, candidate in enumerate(group):
@@ -145,11 +153,20 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
                 refused = [answer.refused for answer in texts]
                 helped = np.mean([not answer.refused and not is_garbage(answer.text)
                                   for answer in texts[len(harmful):]])
-                rows.append({"level": candidate.level, "layer": candidate.layer, "alpha": candidate.alpha,
+                made.append({"level": candidate.level, "layer": candidate.layer, "alpha": candidate.alpha,
                              "vector": candidate.vector, "harmful": len(harmful), "benign": len(benign),
                              "refused": round(float(np.mean(refused[:len(harmful)])), 4),
                              "garbage": round(float(np.mean([not answer.refused and is_garbage(answer.text)
                                                              for answer in texts[:len(harmful)]])), 4),
                              "benign_refused": round(float(np.mean(refused[len(harmful):])), 4),
                              "lost": round(float(helped_before - helped), 4)})
+            path.write_text(json.dumps(made))
+            rows += made
     return rows
+
+
+def _key(material: Material, group: list[Revision], count: int) -> str:
+    """Changes with everything that a trial of these candidates depends on."""
+    recipe = material.recipe
+    return digest([seen.path.stem for seen in material.observed], recipe.construction, recipe.pairs, recipe.seed,
+                  [asdict(candidate) for candidate in group], count, TOKENS)

@@ -61,12 +61,13 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
     observed = observe(lvlm, samples, refusals, sasa.tried_pairs(lvlm), work / "samples", recipe.answer_tokens,
                        progress)
     material = Material(lvlm, samples, observed, recipe, work, out, progress)
-    artifacts = (load_artifacts(lvlm, out) if (out / "config.json").exists() and set(parts) != set(PARTS)
-                 else Artifacts())
-    about = artifacts.about
+    made = Artifacts()
     for part in parts:
-        about[part] = FITS[part](material, artifacts)
-    about |= {"samples": _census(material), "recipe": asdict(recipe), "seconds": progress.seconds,
+        made.about[part] = FITS[part](material, made)
+    artifacts = _merged(made, parts, lvlm, out)
+    about = artifacts.about
+    about |= {"samples": _census(material), "recipe": asdict(recipe),
+              "seconds": about.get("seconds", {}) | progress.seconds,
               "date": datetime.now(UTC).date().isoformat(), "number_format": lvlm.label,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "scikit-learn": sklearn.__version__}}
@@ -75,6 +76,21 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
         about["held_out"] = _try_lanes(Engine(lvlm, artifacts), held_out, recipe, out, work, progress)
         save_artifacts(artifacts, lvlm, out)
     return artifacts
+
+
+def _merged(made: Artifacts, parts: Sequence[str], lvlm: LVLM, out: Path) -> Artifacts:
+    """The parts just made, in place of those in the folder. It is read only now: another process may have fitted other
+    parts meanwhile."""
+    if set(parts) == set(PARTS) or not (out / "config.json").exists():
+        return made
+    there = load_artifacts(lvlm, out)
+    for part in (*parts, *(["layers"] if "sasa" in parts else [])):
+        setattr(there, part, getattr(made, part))
+        if hasattr(made.settings, part):
+            setattr(there.settings, part, getattr(made.settings, part))
+    there.about |= made.about
+    there.about.pop("held_out", None)  # was measured with the parts that were replaced
+    return there
 
 
 def _census(material: Material) -> dict[str, dict[str, int]]:

@@ -19,9 +19,9 @@ LONGEST = 75  # characters that fit a typographic picture
 def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind: int, seed: int = 0) -> list[Sample]:
     """Draw samples for the miniature from its corpus, images as PNG files in `folder`.
 
-    Kinds: "typographic" (unsafe) with "typographic twin" (safe), two thirds in FigStep's layout and the others each in a
-    style of its own; "text" (unsafe) with "text twin" (safe) of the same word families; and, all safe, "ordinary" (text),
-    "reading" (what does the picture say?) and "symbol" (a coloured shape to name).
+    Kinds: "typographic" (unsafe) with "typographic twin" (safe), two thirds in FigStep's layout and the others each in
+    a style of its own; "text" (unsafe) with "text twin" (safe) of the same word families; and, all safe, "ordinary"
+    (text), "reading" (what does the picture say?) and "symbol" (a coloured shape to name).
     """
     rng = random.Random(f"{split} {seed}")
 
