@@ -257,7 +257,12 @@ def luminance(page: Any, selector: str, what: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "view", [{"viewport": PHONE}, {"viewport": LAPTOP}, {"viewport": LAPTOP, "color_scheme": "dark"}]
+    "view",
+    [
+        {"viewport": PHONE},
+        {"viewport": LAPTOP, "color_scheme": "dark"},
+        {"viewport": {"width": 3840, "height": 2160}},
+    ],
 )
 def test_layout_neither_overflows_nor_jumps(
     browser: Any, address: str, engine: StandInEngine, view: dict[str, Any]

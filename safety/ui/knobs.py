@@ -24,9 +24,9 @@ PAPER: dict[str, dict[str, Any]] = {
     "sapt": {"threshold": 0.9, "interval": 16, "end_check": False, "detector": "joint"},
 }  # fmt: skip
 _HINTS = {
-    "sasa": "Judges the request before the first word",
-    "revision": "Nudges every step towards safety",
-    "sapt": "Watches the answer, steps in mid-way",
+    "sasa": "Judges the request first",
+    "revision": "Nudges every step",
+    "sapt": "Watches, and steps in",
 }
 _NAMES = {"sasa": "SASA", "revision": "Activation revision", "sapt": "SAPT"}
 Knobs = dict[str, Any]

@@ -4,6 +4,7 @@ The thread lets the page answer Stop at once, even in the middle of a prefill, a
 out without waiting for the next one. Runs stand in the host's line; one that was stopped leaves it between two tokens.
 """
 
+import contextvars
 import logging
 import queue
 import threading
@@ -107,7 +108,9 @@ class LiveRun:
         self.steps: queue.Queue[Step | Exception | None] = queue.Queue()
 
     def __iter__(self) -> Iterator[tuple[View, str]]:
-        threading.Thread(target=self._work, name="engine-run", daemon=True).start()
+        # In the visitor's context: ZeroGPU reads there whose share of the GPU a run takes.
+        work = contextvars.copy_context().run
+        threading.Thread(target=work, args=(self._work,), name="engine-run", daemon=True).start()
         try:
             yield self.view(), ""
             message = None

@@ -45,7 +45,7 @@ _EXPLANATIONS = (
     (
         "sapt",
         "SAPT, the safety reminder",
-        "in mid-sentence",
+        "mid-way",
         "Every few [token|tokens], a trained [soft prompt] is slipped in behind what was written so far, and a "
         "detector reads the state it produces. Not alarmed, it is taken out as if nothing had happened; alarmed, "
         "it stays, and the model turns to a refusal from there. What was already written stays visible and counts.",

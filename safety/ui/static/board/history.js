@@ -35,7 +35,7 @@ function listRuns() {
     box.checked = picked.includes(view.run);
     box.setAttribute('aria-label', `Compare run ${past.length - i}`);
     const words = html('span', 'words', row);
-    html('b', '', words, (view.about.prompt || '').slice(0, 90) || 'no prompt');
+    html('b', '', words, view.about.prompt || 'no prompt');
     html('span', '', words, view.verdict);
     html('small', '', row, `${(view.about.date || '').slice(11, 16)} · ${view.about.model || ''} · ${view.lanes.length} columns`);
     box.addEventListener('change', () => {

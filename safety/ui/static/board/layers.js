@@ -8,7 +8,7 @@ function drawLayers(view) {
   const key = JSON.stringify([view.run, values]);
   if (!values || key === layersDrawn) return;
   layersDrawn = key;
-  const plot = layersBox.querySelector('svg'), cell = 20, height = 44;
+  const plot = layersBox.querySelector('svg'), cell = Math.max(12, (plot.clientWidth || 900) / values.length), height = 56;
   plot.setAttribute('viewBox', `0 0 ${values.length * cell} ${height + 14}`);
   plot.setAttribute('preserveAspectRatio', 'none');
   plot.replaceChildren();
