@@ -89,7 +89,7 @@ def _load_folder(folder: Path, name: str, wanted: str | None, device: str, progr
     """
     config = _read_config(folder, name)
     shapes = _shapes(config, name)
-    processor = _read_processor(folder, name)
+    processor = _read_processor(folder, name, config)
     compute = fast_dtype(device)
     stored = _stored_quantization(config, name, wanted)
     preferred = (stored,) if stored else _preferred(device, compute)
@@ -116,10 +116,13 @@ def _load_folder(folder: Path, name: str, wanted: str | None, device: str, progr
     return _read_model(folder, name, arguments), processor, chosen
 
 
-def _read_processor(folder: Path, name: str) -> Any:
-    from transformers import AutoProcessor
+def _read_processor(folder: Path, name: str, config: Any) -> Any:
+    from safety.processors import read_processor
     try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor = read_processor(folder, config)
+    except ImportError as error:
+        raise UserError(f"The processor of {name} needs a package that is not installed: "
+                        f"{_first_line(error)}.") from error
     except Exception as error:  # damaged and foreign files make the readers raise anything
         raise UserError(f"The processor of {name} could not be loaded ({_first_line(error)}). Fetch the model again, "
                         f"or choose another, such as {EXAMPLE}.") from error
