@@ -1,6 +1,7 @@
 """A model's processor, for pictures and text only."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoProcessor
@@ -25,6 +26,8 @@ def read_processor(folder: Path, config: Any) -> Any:
 def without_video(kind: Any) -> Any:
     """A processor class like `kind` that does without its video processor."""
     class ImagesOnly(kind):  # type: ignore[misc]
+        video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM looks these up for pictures too
+
         @classmethod
         def from_args_and_dict(cls, args: list[Any], *arguments: Any, **kwargs: Any) -> Any:
             """Make one of its parts; None takes the video processor's place."""
