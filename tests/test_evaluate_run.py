@@ -1,6 +1,7 @@
 """Whole evaluations of tiny models: resumable, split over processes, summed up, reported."""
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -418,3 +419,17 @@ def test_answers_open_in_inspect(finished):
 def test_no_summary_no_report(tmp_path):
     with pytest.raises(UserError, match="Evaluate first"):
         write_report(tmp_path)
+
+
+SHIPPED = ROOT / "artifacts" / "miniature" / "evaluation"
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="no evaluation is shipped")
+def test_the_shipped_results_are_of_the_shipped_model_and_reproducible(tmp_path):
+    summary = json.loads((SHIPPED / "summary.json").read_text())
+    files = json.loads((ROOT / "artifacts" / "miniature" / "model" / "config.json").read_text())["files"]
+    revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
+    assert summary["fingerprint"]["revision"] == revision
+    (tmp_path / "summary.json").write_bytes((SHIPPED / "summary.json").read_bytes())
+    write_report(tmp_path)
+    assert (tmp_path / "report.md").read_text() == (SHIPPED / "report.md").read_text()

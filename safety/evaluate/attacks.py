@@ -168,15 +168,16 @@ def descend(surrogate: Surrogate, settings: Pgd,
     """
     whole = (surrogate.pixels * 255).round()
     pixels, best, losses = whole.clone(), whole, []
+    steps = settings.steps if settings.epsilon else 0
     low, high = (whole - settings.epsilon).clamp(min=0), (whole + settings.epsilon).clamp(max=255)
-    for step in range(settings.steps + 1):
+    for step in range(steps + 1):
         point = pixels.round().div(255).requires_grad_()
         loss = surrogate.loss(point)
         losses.append(loss.item())
         report(step, losses[-1])
         if losses[-1] <= min(losses):
             best = pixels.round()
-        if step < settings.steps:
+        if step < steps:
             gradient, = torch.autograd.grad(loss, point)
             pixels = (pixels - settings.stride * gradient.sign()).clamp(low, high)
     array = best[0].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
