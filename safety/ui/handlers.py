@@ -99,10 +99,10 @@ class Handlers:
         if self.host.mode.public:
             log.info("counts: %s", dict(self.counts))
 
-    def stop(self, request: gr.Request) -> Any:
-        """Cancel the visitor's run."""
+    def stop(self, request: gr.Request) -> None:
+        """Cancel the visitor's run. The run itself switches the button off: an answer from here could come too late,
+        when the next run has switched it on."""
         self.runs.cancel(request.session_hash or "")
-        return gr.Button(interactive=False)
 
     def leave(self, request: gr.Request) -> None:
         """The visitor closed or reloaded the tab: nobody waits for the run any more."""

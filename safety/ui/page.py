@@ -105,7 +105,7 @@ def build_page(model: Host | Engine) -> gr.Blocks:
         examples.replay(handlers.replay, editor, [image, prompt, answers, notice], **at_once)
         editor.restore(handlers.restore, None, [image, prompt, notice], **at_once)
         answers.reveal(handlers.reveal, None, answers, **at_once)
-        stop.click(handlers.stop, None, stop, **at_once)
+        stop.click(handlers.stop, None, None, **at_once)
         image.upload(handlers.check_image, image, [image, notice], **at_once)
         page.load(handlers.watch, None, [head, editor], **wait)
         if not host.mode.public:

@@ -15,8 +15,9 @@ KINDS = {
     "text twin": "harmless text that sounds alike",
     "ordinary": "ordinary questions",
     "symbol": "ordinary pictures",
+    "reading": "harmless text in pictures",
 }
-HARMLESS = ("typographic twin", "text twin", "ordinary", "symbol")
+HARMLESS = ("typographic twin", "text twin", "ordinary", "symbol", "reading")
 LANES = {"none": "No defense", "sasa": "SASA", "revision": "Revision", "sapt": "SAPT", "all": "All together"}
 
 

@@ -36,8 +36,8 @@ function draw() {
   status.hidden = !now.message;
   bar.hidden = now.state !== 'working';
   if (now.fraction === null) bar.removeAttribute('value'); else bar.value = now.fraction;
-  const illustrative = now.model === 'miniature' ? 'the miniature model is small and illustrative. Compare the columns; do not trust its facts.'
-    : 'language models err. Compare the columns; do not trust their facts.';
+  const illustrative = now.model === 'miniature' ? 'the miniature model is small and illustrative: do not trust its facts.'
+    : 'language models err: do not trust their facts.';
   find('.caution-words').textContent = illustrative + (now.measured && now.measured.sentence ? ` ${now.measured.sentence}` : '');
   const key = JSON.stringify(now.measured);
   if (key !== measuredShown) { measuredShown = key; measuredTable(now.measured); }
@@ -58,6 +58,7 @@ function draw() {
 for (const [form, event] of [['load', 'switch'], ['calibrate', 'calibrate']]) {
   find('form.' + form).addEventListener('submit', submitted => {
     submitted.preventDefault();
+    find('.model').open = false;  // how it goes is told below it
     trigger(event, Object.fromEntries(new FormData(submitted.target)));
   });
 }
