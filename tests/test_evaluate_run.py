@@ -193,6 +193,16 @@ def test_a_sample_that_cannot_be_served_is_left_out_of_every_lane(home, lvlm, tm
     for row in summary["suites"][suite].values():
         assert (row["n"], row["errors"]) == (1, 1)
     assert "damaged" in read_records(tmp_path / "out")[suite, "bad", "none"]["error"]
+    Image.new("RGB", (30, 30), "green").save(tmp_path / "broken.png")  # mended, and evaluated again
+    command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")], lanes="none"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["suites"][suite]["none"]["n"], summary["suites"][suite]["none"]["errors"]) == (2, 0)
+
+
+def test_a_suite_of_which_nothing_can_be_answered_is_an_error(home, lvlm, tmp_path):
+    write_samples([Sample("1", "say <image>", "safe", "")], tmp_path / "bad.jsonl")
+    with pytest.raises(UserError, match=r"No sample of suite bad.*control marker"):
+        command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "bad.jsonl")], lanes="none"))
 
 
 def test_a_model_judge_is_asked_once_about_whole_transcripts(finished, home, lvlm, tmp_path):

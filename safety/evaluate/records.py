@@ -30,7 +30,7 @@ def text_of(record: Mapping[str, Any]) -> str:
 
 
 def read_records(folder: Path) -> dict[Key, dict[str, Any]]:
-    """All answers of a folder; of an answer that was given twice, the first.
+    """All answers of a folder; of an answer that was given twice, the first that is not an error.
 
     A torn last line (the writer was killed) is left out; `Writer` removes it before it appends.
 
@@ -43,7 +43,8 @@ def read_records(folder: Path) -> dict[Key, dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                records.setdefault(key_of(record), record)
+                if "error" in records.setdefault(key_of(record), record):
+                    records[key_of(record)] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"Line {number} of {path} is damaged. Delete the line, or the folder, and evaluate "
                                 "again.") from error

@@ -61,7 +61,8 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
             keys[arm.name] = answer_key(lvlm, artifacts, arm, max_new_tokens)
     wanted = {(suite, sample.id, arm.name): digest([keys[arm.name], sample_key(sample)])
               for suite, samples in suites.items() for sample in samples for arm in arms}
-    known = read_records(out) if out.exists() else {}
+    # What could not be served is tried again: the picture may have been mended.
+    known = {key: record for key, record in read_records(out).items() if "error" not in record} if out.exists() else {}
     stale = next((key for key, value in wanted.items() if key in known and known[key]["key"] != value), None)
     if stale:
         raise UserError(f"{out} holds answers of another model, other artifacts, settings or samples (such as sample "
@@ -83,7 +84,13 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
                 writer.write(_record(suite, sample, arm, wanted[suite, sample.id, arm.name], answers[group.index(arm)])
                              for arm in new)
             bar.update(len(samples))
-    return {key: record for key, record in read_records(out).items() if key in wanted}
+    records = {key: record for key, record in read_records(out).items() if key in wanted}
+    for suite in suites:
+        found = [record for (name, _, _), record in records.items() if name == suite]
+        if processes == 1 and all("error" in record for record in found):
+            raise UserError(f"No sample of suite {suite} could be answered. The first error: {found[0]['error']}"
+                            if found else f"Suite {suite} holds no samples.")
+    return records
 
 
 def _answers(engine: Engine, group: Sequence[Arm], samples: Sequence[Sample],
