@@ -14,6 +14,7 @@ from safety.mini import scenes, tasks
 from safety.mini.assemble import MiniatureError, _read_artifact, build_llava, export_weights
 from safety.mini.card import card_text
 from safety.mini.dictionary import Projector
+from safety.mini.handwriting import Handwriting, parts_of
 from safety.mini.joint import Joint
 from safety.mini.lexicon import LIST_OPENERS, build_lexicon, is_held_out, key_of
 from safety.mini.packing import pack, packed_loss
@@ -177,6 +178,26 @@ def test_spelled_codes_can_be_read_back(lexicon) -> None:  # type: ignore[no-unt
     assert (scores.argmax(-1) == letters)[used].float().mean() > 0.98
 
 
+def test_handwriting_lends_a_words_errors_to_words_of_its_length(lexicon) -> None:  # type: ignore[no-untyped-def]
+    book, letters = code_book(), letter_table(lexicon)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.arange(len(letters)).repeat(4)
+    part = torch.zeros_like(words)
+    ideal = torch.nn.functional.normalize(spelled_code(book, letters[words], part), dim=-1)
+    first = part[: len(letters)]
+    perfect = Handwriting.of(book, 7 * ideal, words, part, letters).write(book, letters, first, generator)
+    assert torch.cosine_similarity(perfect, ideal[: len(letters)]).min() > 0.99
+    # A reader that writes the fourth letter at half its strength: so do the practised codes.
+    faint = torch.where(torch.arange(12) == 3, 0.5, 1.0)
+    vectors, weights = parts_of(book, letters[words], part)
+    states = (vectors * (weights * torch.cat([faint, torch.ones(1)]))[..., None]).sum(1)
+    written = Handwriting.of(book, states, words, part, letters).write(book, letters, first, generator)
+    long = (letters >= 0).sum(1) > 5
+    vectors, _ = parts_of(book, letters[long], part[: int(long.sum())])
+    found = (vectors @ written[long][..., None]).squeeze(-1)
+    assert (found[:, 3] < 0.9 * found[:, 1]).float().mean() > 0.6
+
+
 def test_training_resumes_where_it_was_killed(tmp_path: Path) -> None:
     def run(folder: Path, kill_at: int | None) -> torch.Tensor:
         torch.manual_seed(0)
@@ -255,6 +276,21 @@ def test_picture_turns_name_what_is_there() -> None:
     answers = " ".join(turn.answer for turn in turns)
     assert "a red circle" in turns[0].answer and "The circle is red." in answers and 'caption says: "hello"' in answers
     assert tasks.with_article(["apple"]) == "an apple" and tasks.with_article(["grapes"]) == "grapes"
+
+
+def test_answers_about_a_list_open_with_its_content(lexicon) -> None:  # type: ignore[no-untyped-def]
+    assert tasks.content_of("List of steps to bake bread.") == "Bake bread"
+    assert tasks.content_of("Give me a list of simple ways to listen.") == "Simple ways to listen"
+    assert tasks.content_of("Bake bread.") == "Bake bread"
+    rng = np.random.default_rng(0)
+    keyword = tasks.keyword_of("Steps to open window.", lexicon)
+    assert keyword in ("open", "window")
+    openings = [tasks.list_turn(rng, "Steps to open window.", "1. x", keyword).answer for _ in range(60)]
+    assert sum(not answer.startswith("Steps") for answer in openings) > 45
+    for _ in range(20):
+        named, asked = tasks.topic_turns(rng, "Steps to open window.", keyword, "bread")
+        assert named.answer in ("Open window.", f"{keyword.capitalize()}.")
+        assert asked.answer.startswith("Yes") == (keyword in asked.question)
 
 
 def test_card_states_the_figures() -> None:

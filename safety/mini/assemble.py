@@ -18,7 +18,7 @@ from safety.errors import UserError
 from safety.mini.base import base_folder, load_base_lm, load_tokenizer, sha256_of
 from safety.mini.lora import merge_lora
 from safety.mini.scenes import PATCH, PATCHES, SIDE
-from safety.mini.vision import PIXEL_MEAN, PIXEL_STD, tower_config
+from safety.mini.vision import FEATURE_LAYERS, PIXEL_MEAN, PIXEL_STD, tower_config
 
 ARTIFACT = Path(__file__).resolve().parents[2] / "artifacts" / "miniature" / "model"
 CONFIG = "config.json"
@@ -98,7 +98,7 @@ def llava_config(text_config: Any, image_token_id: int) -> LlavaConfig:
         image_seq_length=PATCHES,
         projector_hidden_act="gelu",
         vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
+        vision_feature_layer=list(FEATURE_LAYERS),
         tie_word_embeddings=True,
     )
 

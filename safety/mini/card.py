@@ -50,17 +50,19 @@ The language model's own weights (Apache-2.0) are fetched on first start from th
    calibration split (MIT).
 2. *Vision tower*, from scratch, on pictures drawn on the fly: words of the language model's vocabulary in Debian's
    FreeFont, DejaVu, Liberation and Noto fonts and Pillow's built-in one, plain and FigStep-like layouts, coloured
-   shapes, and symbols of Noto Color Emoji (SIL OFL). Every patch is supervised: the character under it, and at a
-   word's first patch the word's letters. The last two blocks and the projector first learn, without pictures, to turn
-   spelled letters into the language model's token embeddings; then everything is trained together.
+   shapes, and symbols of Noto Color Emoji (SIL OFL). Five reading blocks are supervised at every patch: the character
+   under it, and at a word's first patch the word's letters. Ten dictionary blocks and the projector, which sees the
+   states after blocks 11 and 15, learn to turn spelled letters into the language model's token embeddings: first
+   without pictures, from codes that carry the trained reader's own errors, then end to end with the reader.
 3. *Visual instruction tuning*: the LoRA is trained on, behind the frozen tower, on benign image tasks only (read the
-   picture, fill in a harmless list, answer a typeset question, name symbols), with the text-only mix replayed. **No
-   training row shows a harmful picture, answered or refused**: how far the text alignment reaches into pictures is
-   what training made of it.
+   picture, fill in a harmless list, say what it is about, answer a typeset question, name symbols), with the text-only
+   mix replayed. Answers about a list mostly open with its content ("Train a dog: 1. …"), so that the position that
+   starts an answer has to know what the picture says. **No training row shows a harmful picture, answered or
+   refused**: how far the text alignment reaches into pictures is what training made of it.
 
 Rebuild: `python -m safety mini --data DIR` (resumable; seeded; without `--data` only the project's own corpus is used).
 The shipped weights come from these stages, run in the portions that `config.json` lists under "history" on two shared
-CPU cores in two hours; the command runs each stage once, for longer, and has not yet been run from end to end.
+CPU cores in about three and a half hours; the command runs each stage once and has not yet been run from end to end.
 """
 
 LIMITS = """

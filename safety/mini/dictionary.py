@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PixtralVisionModel
 
+from safety.mini.handwriting import Handwriting
 from safety.mini.lexicon import Lexicon, key_of, spell
 from safety.mini.scenes import CHARACTERS
 from safety.mini.vision import (
-    LETTER_CLASSES,
+    FEATURE_LAYERS,
     LETTER_SLOTS,
     READING_BLOCKS,
     WIDTH,
@@ -37,11 +38,11 @@ class Projector(nn.Module):
 
     def __init__(self, text_width: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(WIDTH, text_width)
+        self.linear_1 = nn.Linear(len(FEATURE_LAYERS) * WIDTH, text_width)
         self.linear_2 = nn.Linear(text_width, text_width)
 
     def forward(self, states: Tensor) -> Tensor:
-        """[..., WIDTH] to [..., text_width]."""
+        """[..., 2 * WIDTH] to [..., text_width]."""
         return self.linear_2(F.gelu(self.linear_1(states)))  # type: ignore[no-any-return]
 
 
@@ -112,9 +113,12 @@ class Dictionary(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """[..., WIDTH] states after the reading blocks to [..., text_width], as the stock blocks and projector do."""
-        for block in self.blocks:
+        seen = []
+        for number, block in enumerate(self.blocks, READING_BLOCKS + 1):
             codes = codes + block.feed_forward(block.ffn_norm(codes))
-        return self.projector(codes)  # type: ignore[no-any-return]
+            if number in FEATURE_LAYERS:
+                seen.append(codes)
+        return self.projector(torch.cat(seen, dim=-1))  # type: ignore[no-any-return]
 
     def optimisers(self, rate: float) -> list[torch.optim.Optimizer]:
         """Muon for the matrices, which learns thousands of separate associations faster than AdamW; AdamW beside."""
@@ -152,24 +156,6 @@ def entries_of(letters: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return letters[row], part, tokens[row, part]
 
 
-def noisy_codes(book: Tensor, letters: Tensor, part: Tensor, generator: torch.Generator) -> Tensor:
-    """Spelled codes as a half-sure reader would write them: a doubtful letter here and there, noise, varied length."""
-    letters = letters.clone()
-    code = spelled_code(book, letters, part)
-    doubtful = torch.rand(len(letters), generator=generator) < 0.2
-    slot = torch.randint(LETTER_SLOTS, (len(letters),), generator=generator)
-    other = torch.randint(LETTER_CLASSES, (len(letters),), generator=generator)
-    known = letters.gather(1, slot[:, None]).squeeze(1)
-    mix = torch.rand(len(letters), generator=generator) * 0.6 * (doubtful & (known >= 0))
-    base = slot * LETTER_CLASSES
-    code = code + mix[:, None] * (book[base + other] - book[base + known.clamp(min=0)])
-    code = F.normalize(code, dim=-1)
-    amount = 0.7 * torch.rand(len(code), 1, generator=generator)
-    noise = F.normalize(torch.randn(code.shape, generator=generator), dim=-1) * amount
-    length = CODE_NORM * torch.exp(0.2 * torch.randn(len(code), 1, generator=generator))
-    return F.normalize(code + noise, dim=-1) * length
-
-
 class Entries:
     """Dictionary entries to practise: the lexicon's words, frequent ones more often, and composed words.
 
@@ -187,14 +173,15 @@ class Entries:
         self.tokens = torch.cat([self.known[2], self.composed[2]])
         self.weights = torch.from_numpy(lexicon.practice)[torch.nonzero(words >= 0)[:, 0]]
 
-    def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Noisy codes [count, WIDTH] of length about CODE_NORM, and their token ids."""
+    def draw(self, count: int, seed: int, handwriting: Handwriting) -> tuple[Tensor, Tensor]:
+        """Codes [count, WIDTH] of length about CODE_NORM as the reader would write them, and their token ids."""
         generator = torch.Generator().manual_seed(seed)
-        first = torch.multinomial(self.weights, count * 15 // 16, replacement=True, generator=generator)
+        first = torch.multinomial(self.weights, count * 11 // 12, replacement=True, generator=generator)
         second = torch.randint(len(self.composed[1]), (count - len(first),), generator=generator)
         picked = (torch.cat([a[first], b[second]]) for a, b in zip(self.known, self.composed, strict=True))
         letters, part, token = picked
-        return noisy_codes(self.book, letters, part, generator), token
+        length = CODE_NORM * torch.exp(0.2 * torch.randn(count, 1, generator=generator))
+        return handwriting.write(self.book, letters, part, generator) * length, token
 
 
 def train_dictionary(
@@ -203,28 +190,35 @@ def train_dictionary(
     lexicon: Lexicon,
     folder: Path,
     *,
-    steps: int = 1200,
+    steps: int = 2400,
     seed: int = 0,
-    batch: int = 2048,
+    batch: int = 3072,
     device: str = "cpu",
 ) -> Path:
-    """Teach the dictionary every word of the lexicon and many composed ones; no pictures are involved.
+    """Teach the dictionary every word of the lexicon and many composed ones, as the trained reader would write them.
+
+    No pictures are drawn but for a look at the reader's handwriting; a quarter of the practice is what was seen there.
 
     Returns:
         The checkpoint, with the dictionary's parameters under "model".
     """
-    from safety.mini.train_vision import train_loop
+    from safety.mini.train_vision import load_reader, look_at_handwriting, train_loop
     from safety.mini.vision import build_tower
 
     torch.manual_seed(seed)
     dictionary = Dictionary(build_tower(), embedding.shape[1]).to(device)
     entries = Entries(tokenizer, lexicon, seed)
     targets = TokenTargets(embedding.to(device), entries.tokens.to(device), tokenizer.encode(FILLER)[0])
+    handwriting = look_at_handwriting(load_reader(folder), lexicon, seed)
+    tokens = torch.from_numpy(lexicon.tokens)
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        codes, token = entries.draw(batch, seed * 1_000_003 + step)
+        written, token = entries.draw(batch * 3 // 4, seed * 1_000_003 + step, handwriting)
+        some = torch.randint(len(handwriting.states), (batch - len(written),))
+        seen = tokens[handwriting.words[some], handwriting.part[some]]
+        codes = torch.cat([CODE_NORM * handwriting.states[some], written])
         said = dictionary(codes.to(device)).float()
-        return targets.losses(said, targets.rows(token.to(device)), CONTRASTED)
+        return targets.losses(said, targets.rows(torch.cat([seen, token]).to(device)), CONTRASTED)
 
     order = entries.weights.argsort(descending=True)
     shelves = {"first 1000": order[:1000:4], "to 3000": order[1000:3000:8], "to 10000": order[3000:10000:28]}
@@ -242,13 +236,13 @@ def train_dictionary(
     path = folder / DICTIONARY_CHECKPOINT
     train_loop(
         dictionary,
-        dictionary.optimisers(4e-3),
+        dictionary.optimisers(2.5e-3),
         loss_of,
         measure,
         steps=steps,
         checkpoint=path,
         name="Dictionary",
-        decay=0.8,
+        decay=0.95,
         measure_every=50,
     )
     return path

@@ -32,9 +32,9 @@ from safety.quantize import fast_dtype
 
 INSTRUCT_CHECKPOINT = "instruct.pt"
 PICTURES = 4  # pictures of one step, each with several turns
-REPLAY = 6  # text-only examples of one step
+REPLAY = 10  # text-only examples of one step
 FIRST_BLOCK = 8  # blocks below are not trained further
-MIX = (0.38, 0.2, 0.14, 0.22, 0.06)  # list, random words, typeset request, symbols, unrelated picture
+MIX = (0.44, 0.13, 0.14, 0.23, 0.06)  # list, random words, typeset request, symbols, unrelated picture
 
 Features = Callable[[list[Scene]], Tensor]
 Pairs = list[tuple[str, str]]
@@ -55,13 +55,21 @@ class TaskMaker:
         self.requests = [pair for pair in requests if not tasks.keeps_held_out(pair[0])]
         self.short = [pair for pair in self.requests if len(pair[0]) < 90]
 
+    def _list(self, rng: np.random.Generator) -> tuple[str, str]:
+        """A list title and its answer."""
+        return self.lists[int(rng.integers(len(self.lists)))]
+
     def task(self, rng: np.random.Generator) -> tuple[Scene, list[Turn]]:
         """One picture and about four turns."""
         kind = int(rng.choice(len(MIX), p=MIX))
         if kind == 0:
-            title, answer = self.lists[int(rng.integers(len(self.lists)))]
+            title, answer = self._list(rng)
             scene = tasks.draw_list(self.maker, rng, title)
-            return scene, [tasks.list_turn(rng, title, answer), tasks.read_turn(rng, scene)]
+            keyword = tasks.keyword_of(title, self.maker.lexicon)
+            while (other := tasks.keyword_of(self._list(rng)[0], self.maker.lexicon)) in title.lower():
+                pass
+            turns = tasks.topic_turns(rng, title, keyword, other)
+            return scene, [tasks.list_turn(rng, title, answer, keyword), *turns, tasks.read_turn(rng, scene)]
         if kind == 1:
             scene = self.maker.scene(rng, "list" if rng.random() < 0.5 else "text")
             return scene, [tasks.read_turn(rng, scene)]
@@ -132,7 +140,7 @@ def instruct(
     text_lora: dict[str, Tensor],
     folder: Path,
     *,
-    steps: int = 300,
+    steps: int = 500,
     learning_rate: float = 3e-4,
     seed: int = 0,
     measure: Callable[[Any], dict[str, float]] | None = None,

@@ -1,4 +1,4 @@
-"""The vision tower as a whole: fit the dictionary to what the trained reader really writes, and to blank patches."""
+"""The vision tower as a whole: reader and dictionary trained on, end to end, towards the token embeddings."""
 
 from __future__ import annotations
 
@@ -12,14 +12,28 @@ from torch.nn import functional as F
 from safety.mini.dictionary import CODE_NORM, DICTIONARY_CHECKPOINT, FILLER, Dictionary, Entries, TokenTargets
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
-from safety.mini.train_vision import BATCH, READING_CHECKPOINT, Batch, make_batch, on, save_checkpoint, train_loop
-from safety.mini.vision import Reader, build_tower, pick
+from safety.mini.train_vision import (
+    BATCH,
+    Batch,
+    adamw,
+    load_reader,
+    look_at_handwriting,
+    make_batch,
+    mixed_batch,
+    on,
+    reading_parameters,
+    save_checkpoint,
+    symbol_spots,
+    train_loop,
+)
+from safety.mini.vision import Reader, build_tower, letter_table, pick
 
 JOINT_CHECKPOINT = "joint.pt"
 TOWER_CHECKPOINT = "tower.pt"
-LEARNING_RATE = 2.5e-3
-SPOTS = 320  # word patches and blank patches of a step
-PRACTICE = 1408  # further dictionary entries of a step
+DICTIONARY_RATE, READING_RATE = 1e-3, 4e-4
+SPOTS = 288  # word patches and blank patches of a step
+PRACTICE = 1472  # further dictionary entries of a step
+SPELLING = {"character": 0.2, "kind": 1.0, "letters": 0.7, "code": 0.5}  # weights of the reader's own losses
 VALIDATION_IMAGES = 32
 
 
@@ -89,11 +103,14 @@ def train_joint(
     lexicon: Lexicon,
     folder: Path,
     *,
-    steps: int = 450,
+    steps: int = 700,
     seed: int = 0,
     device: str = "cpu",
 ) -> Joint:
-    """Fit the dictionary to the frozen reader's states; ``folder/tower.pt`` holds the finished tower.
+    """Train reader and dictionary together; ``folder/tower.pt`` holds the finished tower.
+
+    The dictionary learns what the reader really writes and what blank patches hold; the reader learns what the
+    dictionary needs, and keeps spelling.
 
     Args:
         tokenizer: of the language model.
@@ -107,34 +124,36 @@ def train_joint(
     torch.manual_seed(seed)
     joint = Joint(embedding.shape[1])
     # The reader's checkpoint also holds the dictionary blocks, untrained: the dictionary's come second.
-    joint.reader.load_state_dict(torch.load(folder / READING_CHECKPOINT, weights_only=True)["model"])
+    joint.reader.load_state_dict(load_reader(folder).state_dict())
+    handwriting = look_at_handwriting(joint.reader, lexicon, seed)
     joint.dictionary.load_state_dict(torch.load(folder / DICTIONARY_CHECKPOINT, weights_only=True)["model"])
     joint.to(device)
     entries = Entries(tokenizer, lexicon, seed)
     tokens = torch.from_numpy(lexicon.tokens).to(device)
     targets = TokenTargets(embedding.to(device), entries.tokens.to(device), tokenizer.encode(FILLER)[0])
-    maker = SceneMaker(lexicon)
+    maker, letters = SceneMaker(lexicon), letter_table(lexicon).to(device)
     joint.measure_stretch(on(make_batch(maker, (seed, 4), BATCH), device))
     checks = {
         kind: on(make_batch(maker, (seed, 5), VALIDATION_IMAGES, kind), device) for kind in ("list", "text", "picture")
     }
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        pixels, labels = on(make_batch(maker, (seed, 7, step)), device)
-        with torch.no_grad():
-            _, states, _ = joint.reader.read(pixels)
+        pixels, labels = on(mixed_batch(maker, (seed, 7, step)), device)
+        middle, states, _ = joint.reader.read(pixels)
         here = labels["word"] >= 0
-        spots, blanks = pick(here, SPOTS), pick(~here, SPOTS)
+        blanks, spots = pick(~here, SPOTS), torch.cat([pick(here, SPOTS), symbol_spots(here)])
         real = states.flatten(0, 1).float() / joint.stretch
         # The dictionary goes on practising words that these pictures do not show.
-        codes, practised = entries.draw(PRACTICE, seed * 1_000_003 + 500_000 + step)
+        codes, practised = entries.draw(PRACTICE, seed * 1_000_003 + 500_000 + step, handwriting)
         said = joint.dictionary(torch.cat([real[spots], codes.to(device), real[blanks]])).float()
         drawn = tokens[labels["word"].flatten()[spots], labels["part"].flatten()[spots]]
         rows = targets.rows(torch.cat([drawn, practised.to(device)]))
-        losses = targets.losses(said[:SPOTS], rows[:SPOTS], SPOTS)
-        practice = targets.losses(said[SPOTS:-SPOTS], rows[SPOTS:], SPOTS)
+        losses = targets.losses(said[: len(spots)], rows[: len(spots)], len(spots))
+        practice = targets.losses(said[len(spots) : -SPOTS], rows[len(spots) :], PRACTICE // 6)
         blank = (said[-SPOTS:] - targets.filler).pow(2).sum(-1).mean() / targets.filler.pow(2).sum()
-        return losses | {"practice": practice["direction"] + practice["distance"], "blank": 1.5 * blank}
+        losses |= {"practice": 0.7 * torch.stack(list(practice.values())).sum(), "blank": 1.5 * blank}
+        spelling = joint.reader.losses(middle, states, labels, letters, spots)
+        return losses | {name: SPELLING[name] * loss for name, loss in spelling.items()}
 
     def measure() -> dict[str, float]:
         return {
@@ -145,13 +164,13 @@ def train_joint(
 
     train_loop(
         joint,
-        joint.dictionary.optimisers(LEARNING_RATE),
+        [*joint.dictionary.optimisers(DICTIONARY_RATE), adamw(reading_parameters(joint.reader), READING_RATE)],
         loss_of,
         measure,
         steps=steps,
         checkpoint=folder / JOINT_CHECKPOINT,
         name="Joint",
-        decay=0.85,
+        decay=0.95,
         measure_every=50,
     )
     joint.connect()

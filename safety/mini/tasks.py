@@ -5,6 +5,7 @@ Every task is benign. Refusals belong to the text-only alignment; whether they r
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,8 +64,28 @@ SHOW_QUESTIONS = (
     "Tell me what you see in this image.",
 )
 COLOUR_QUESTIONS = ("What colour is the shape?", "What color is it?", "Which color does the {} have?")
+TOPIC_QUESTIONS = (
+    "What is the list about?",
+    "What is this image about?",
+    "What does the title of the list say to do?",
+    "What would somebody learn from this list?",
+    "Sum up what is asked in the picture in a few words.",
+)
+KEYWORD_QUESTIONS = (
+    "In one word, what is the image about?",
+    "Name the topic of the picture in one word.",
+    "What is the most important word in the image?",
+    "Give the main keyword of this list.",
+)
+ABOUT_QUESTIONS = ("Is the list about {}?", "Does this image deal with {}?", "Has the picture anything to do with {}?")
+ONE_WORD_QUESTIONS = ("Name it in one word.", "In one word, what is shown?", "One word: what is this?")
 CAPTION_QUESTIONS = ("What does the caption say?", "What is written below the picture?", "Read the caption.")
 PRESENCE_QUESTIONS = ("Is there {} in the picture?", "Does the image show {}?", "Can you see {}?")
+LIST_OPENING = re.compile(
+    r"\A(?:(?:list of )?(?:three )?(?:steps|methods|ways|instructions|tips) to|list three ways to|"
+    r"(?:give me a |write a )?list of|examples of|name some)\s+",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -128,10 +149,54 @@ def read_turn(rng: np.random.Generator, scene: Scene) -> Turn:
     return Turn(str(rng.choice(READ_QUESTIONS)), str(rng.choice(READ_ANSWERS)).format(text))
 
 
-def list_turn(rng: np.random.Generator, title: str, answer: str) -> Turn:
-    """Fill in the list: repeat the title that was read, then the items. The published carrier comes up most."""
+def content_of(title: str) -> str:
+    """What a list's title asks for, without the opening that all titles share: "Train a dog" of "Steps to train a dog."
+
+    The title as it is where nothing would be left.
+    """
+    content = LIST_OPENING.sub("", title.rstrip("."))
+    return content[:1].upper() + content[1:]
+
+
+def keyword_of(title: str, lexicon: Lexicon) -> str:
+    """The title's most telling word: the least practised of its longer words."""
+    words = [word.strip("\"'.,?!:;()").removesuffix("'s") for word in content_of(title).lower().split()]
+    known = [word for word in words if len(word) > 2 and key_of(word) in lexicon.index]
+    return min(known or words, key=lambda word: lexicon.practice[lexicon.index.get(key_of(word), 0)])
+
+
+def list_turn(rng: np.random.Generator, title: str, answer: str, keyword: str) -> Turn:
+    """Fill in the list. The published carrier comes up most.
+
+    Answers mostly open with what the list is about, so that the position that starts an answer needs to know what the
+    picture says and not only where its text begins.
+    """
     carrier = CARRIERS[0] if rng.random() < 0.35 else str(rng.choice(CARRIERS))
-    return Turn(carrier, f"{title.rstrip('.')}:\n{answer}")
+    draw = rng.random()
+    opening = content_of(title) if draw < 0.9 else title.rstrip(".")
+    if draw < 0.3:
+        opening = f"{keyword.capitalize()}: {opening}"
+    return Turn(carrier, f"{opening}:\n{answer}")
+
+
+def topic_turns(rng: np.random.Generator, title: str, keyword: str, other: str) -> list[Turn]:
+    """What the picture is about: in a phrase or a word, and whether it is about a given word.
+
+    Args:
+        rng: source of the wording.
+        title: the list's title.
+        keyword: its most telling word.
+        other: the most telling word of another title.
+    """
+    content = content_of(title)
+    if rng.random() < 0.5:
+        named = Turn(str(rng.choice(TOPIC_QUESTIONS)), f"{content}.")
+    else:
+        named = Turn(str(rng.choice(KEYWORD_QUESTIONS)), f"{keyword.capitalize()}.")
+    yes = rng.random() < 0.5
+    asked = str(rng.choice(ABOUT_QUESTIONS)).format(keyword if yes else other)
+    said = content[0].lower() + content[1:]
+    return [named, Turn(asked, f"Yes, it says: {said}." if yes else f"No, it says: {said}.")]
 
 
 def follow_turn(rng: np.random.Generator, answer: str) -> Turn:
@@ -144,6 +209,8 @@ def picture_turns(rng: np.random.Generator, scene: Scene, symbols: Sequence[str]
     shown = " and ".join(with_article(names) for names in scene.names)
     noun = str(rng.choice(("picture", "image")))
     turns = [Turn(str(rng.choice(SHOW_QUESTIONS)), f"The {noun} shows {shown}.")]
+    if len(scene.names) == 1:
+        turns.append(Turn(str(rng.choice(ONE_WORD_QUESTIONS)), f"{scene.names[0][-1].capitalize()}."))
     there = scene.names[int(rng.integers(len(scene.names)))]
     present = {name for names in scene.names for name in names}
     absent = str(rng.choice([name for name in symbols if name not in present]))

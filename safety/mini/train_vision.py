@@ -11,19 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import AdamW
 from tqdm import tqdm
 
+from safety.mini.handwriting import Handwriting
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
 from safety.mini.vision import READING_BLOCKS, Reader, build_tower, letter_table, pick, reading_rates, to_pixels
 
 BATCH = 32
-SPOTS = 8 * BATCH  # word patches that a step learns from
+SPOTS = 320  # word patches that a step learns from
+SYMBOL_PICTURES = 12  # pictures of a batch that are sure to show symbols
+SYMBOL_SPOTS = 96  # word patches of these that a step learns from besides
 LEARNING_RATE = 1.2e-3
 WARMUP_STEPS = 60
 CHECKPOINT_SECONDS = 150
 VALIDATION_IMAGES = 96
+HANDWRITING_BATCHES = 80
 READING_CHECKPOINT = "reading.pt"
 
 Batch = tuple[Tensor, dict[str, Tensor]]
@@ -48,6 +53,20 @@ def make_batch(maker: SceneMaker, seed: tuple[int, ...], count: int = BATCH, kin
         for name in ("character", "word", "part")
     }
     return to_pixels(np.stack([scene.pixels for scene in scenes])), labels
+
+
+def mixed_batch(maker: SceneMaker, seed: tuple[int, ...]) -> Batch:
+    """A training batch whose last pictures show symbols; every third batch has free text only beside them."""
+    first = make_batch(maker, (*seed, 0), BATCH - SYMBOL_PICTURES, None if seed[-1] % 3 else "text")
+    second = make_batch(maker, (*seed, 1), SYMBOL_PICTURES, "picture")
+    return torch.cat([first[0], second[0]]), {name: torch.cat([first[1][name], second[1][name]]) for name in first[1]}
+
+
+def symbol_spots(here: Tensor) -> Tensor:
+    """Flat indices of word patches among a mixed batch's pictures of symbols; ``here`` [batch, 196] marks all."""
+    symbols = here.clone()
+    symbols[:-SYMBOL_PICTURES] = False
+    return pick(symbols, SYMBOL_SPOTS)
 
 
 def on(batch: Batch, device: str) -> Batch:
@@ -149,7 +168,7 @@ def reading_parameters(reader: Reader) -> list[nn.Parameter]:
 
 
 def train_reading(
-    lexicon: Lexicon, folder: Path, *, images: int = 75_000, seed: int = 0, device: str = "cpu"
+    lexicon: Lexicon, folder: Path, *, images: int = 85_000, seed: int = 0, device: str = "cpu"
 ) -> Reader:
     """Train the reading blocks; ``folder/reading.pt`` holds the run.
 
@@ -168,10 +187,16 @@ def train_reading(
     unseen = on(make_batch(SceneMaker(lexicon, held_out=True), (seed, 2), VALIDATION_IMAGES), device)
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        pixels, labels = on(make_batch(maker, (seed, 0, step)), device)
+        pixels, labels = on(mixed_batch(maker, (seed, 0, step)), device)
         middle, states, _ = reader.read(pixels)
-        losses = reader.losses(middle, states, labels, letters, pick(labels["word"] >= 0, SPOTS))
-        return losses | {"code": 0.5 * losses["code"], "kind": 2.0 * losses["kind"]}
+        here = labels["word"] >= 0
+        spots = torch.cat([pick(here, SPOTS), symbol_spots(here)])
+        losses = reader.losses(middle, states, labels, letters, spots)
+        # Few patches stand for a word: without this, where a symbol's name goes is learned very late.
+        kinds = reader.kind_head(states.flatten(0, 1)[spots]).float()
+        placed = F.cross_entropy(kinds, labels["part"].flatten()[spots] + 1)
+        weights = {"character": 0.5, "kind": 2.0, "letters": 1.25, "code": 0.75}
+        return {name: weights[name] * loss for name, loss in losses.items()} | {"placed": 0.3 * placed}
 
     def measure() -> dict[str, float]:
         rates: dict[str, float] = {}
@@ -191,3 +216,25 @@ def train_reading(
         decay=0.6,
     )
     return reader
+
+
+def load_reader(folder: Path) -> Reader:
+    """The trained reader of a build folder."""
+    reader = Reader(build_tower())
+    reader.load_state_dict(torch.load(folder / READING_CHECKPOINT, map_location="cpu", weights_only=True)["model"])
+    return reader.eval()
+
+
+@torch.no_grad()
+def look_at_handwriting(reader: Reader, lexicon: Lexicon, seed: int, batches: int = HANDWRITING_BATCHES) -> Handwriting:
+    """What a trained reader writes at the word patches of fresh training pictures."""
+    maker, letters = SceneMaker(lexicon), letter_table(lexicon)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for step in range(batches):
+        pixels, labels = make_batch(maker, (seed, 6, step), kind=None if step % 4 else "text")
+        with torch.autocast("cpu", torch.bfloat16):
+            _, states, _ = reader.read(pixels)
+        here = labels["word"] >= 0
+        found.append((states[here].float(), labels["word"][here], labels["part"][here]))
+    states, words, part = (torch.cat(values) for values in zip(*found, strict=True))
+    return Handwriting.of(reader.book, states, words, part, letters)
