@@ -9,6 +9,7 @@ from page_stand_in import StandInEngine
 from safety.engine import Answer, Engine, Event, Step
 from safety.errors import UserError
 from safety.settings import Lane, Revision, Sapt, Sasa
+from safety.ui.calibrating import calibration
 from safety.ui.handlers import Handlers, spec_of
 from safety.ui.host import Choice, Host
 from safety.ui.line import Line, RateLimit
@@ -63,7 +64,7 @@ def test_a_failed_load_leaves_the_old_model_working() -> None:
 def test_calibrating_shows_its_progress_and_replaces_the_artifacts() -> None:
     host, seen = Host(engine()), []
 
-    def work(engine: Engine, report: Any) -> Any:
+    def work(engine: Engine, report: Any, cancel: threading.Event) -> Any:
         report("vectors", 3, 4)
         seen.append(host.status())
         return engine.artifacts
@@ -71,6 +72,23 @@ def test_calibrating_shows_its_progress_and_replaces_the_artifacts() -> None:
     host.calibrate(work).join(10)
     assert seen[0]["fraction"] == 0.75 and "vectors, 3 of 4" in seen[0]["message"]
     assert host.version == 2 and host.status()["state"] == "ready"
+
+
+def test_calibrating_needs_samples_and_can_be_stopped(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="Name the samples"):
+        calibration(" ")
+    host = Host(engine())
+    host.calibrate(calibration(str(tmp_path / "none.jsonl"))).join(60)
+    assert host.status()["state"] == "failed" and "none.jsonl" in host.status()["message"]
+
+    def work(engine: Engine, report: Any, cancel: threading.Event) -> Any:
+        assert cancel.wait(10)
+        raise UserError("Calibrating was stopped.")
+
+    thread = host.calibrate(work)
+    host.cancel.set()
+    thread.join(10)
+    assert "was stopped. stand-in is still loaded" in host.status()["message"] and host.version == 1
 
 
 def test_the_line_serves_in_order_and_is_bounded() -> None:

@@ -18,7 +18,7 @@ from safety.ui.host import Choice, Host
 from safety.ui.knobs import knobs_of, lanes_of, length_of, sampling_of
 from safety.ui.live import LiveRun, Runs, guarded
 from safety.ui.mode import visitor
-from safety.ui.presets import PRESETS, preset_of
+from safety.ui.presets import PRESETS, Preset, preset_of
 from safety.ui.recordings import LAYOUTS, Playback, recorded
 from safety.ui.top import top_view
 
@@ -36,6 +36,12 @@ def layer_auroc(engine: Engine) -> list[float] | None:
     """How well each block's probe judges held-out requests; None where none were calibrated."""
     layers = engine.artifacts.layers
     return None if layers is None else [round(value, 3) for value in layers.auroc.tolist()]
+
+
+def _preset(event: gr.EventData) -> Preset:
+    """The example whose card was clicked."""
+    index = event._data.get("index")
+    return PRESETS[index if index in range(len(PRESETS)) else 0]
 
 
 class Handlers:
@@ -115,23 +121,20 @@ class Handlers:
 
     def fill(self, event: gr.EventData) -> tuple[str | None, str, str]:
         """Put an example into the form; returns (image, prompt, notice)."""
-        index = event._data["index"]
-        preset = PRESETS[index if index in range(len(PRESETS)) else 0]
+        preset = _preset(event)
         return None if preset.image is None else str(preset.image), preset.prompt, ""
 
     def replay(self, request: gr.Request, event: gr.EventData, form: Any) -> tuple[Any, ...]:
         """Play an example's recording; returns (image, prompt, board, notice)."""
-        filled = self.fill(event)
-        preset = next(
-            preset for preset in PRESETS if preset.prompt == filled[1] and str(preset.image or "") == (filled[0] or "")
-        )
+        image, prompt, _ = self.fill(event)
+        preset = _preset(event)
         if not recorded(preset.key):
-            return *filled[:2], gr.skip(), "There is no recording of this example."
+            return image, prompt, gr.skip(), "There is no recording of this example."
         several = isinstance(form, dict) and len(form.get("lanes") or []) > 1
         playback = Playback(preset, LAYOUTS[several], self.host.mode.public)
         self._count("replays")
         self.runs.start(request.session_hash or "", playback)
-        return *filled[:2], playback.view(), ""
+        return image, prompt, playback.view(), ""
 
     def restore(self, event: gr.EventData) -> tuple[Any, Any, str]:
         """Fill in a link's prompt and, if it was an example's, its image; returns (image, prompt, notice)."""
@@ -168,3 +171,7 @@ class Handlers:
     def calibrate(self, event: gr.EventData) -> str:
         """Calibrate the loaded model on the samples that the head's panel names; returns the notice."""
         return guarded(lambda: self.host.calibrate(calibration(str(event._data.get("data") or ""))))[1]
+
+    def cancel(self) -> None:
+        """Stop calibrating; what is finished is kept."""
+        self.host.cancel.set()

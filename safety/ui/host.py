@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safety.artifacts import Artifacts
 from safety.engine import Engine, Step
 from safety.errors import UserError
 from safety.ui.line import Line, RateLimit
@@ -18,6 +19,7 @@ from safety.ui.mode import PRIVATE, Mode
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
+Calibration = Callable[[Engine, Callable[[str, int, int], None], threading.Event], Artifacts]
 BUSY = "The model is being changed. Wait until it is ready."
 
 
@@ -71,6 +73,7 @@ class Host:
         engine: what answers, None before the first model is ready.
         version: counts the engines: a page that was built for another one notices.
         mode, line, rate: the page's rules and who runs next.
+        cancel: ends the calibration that is going on.
         source: turns a run into Steps; `Engine.stream`, or its ZeroGPU stand-in.
     """
 
@@ -85,6 +88,7 @@ class Host:
         self.version = 0 if engine is None else 1
         self.line = Line(mode.places)
         self.rate = RateLimit(mode.runs, mode.seconds) if mode.runs else None
+        self.cancel = threading.Event()
         self._work = threading.Lock()
         self._message, self._name, self._failed = "", "", False
         self._fraction: float | None = None
@@ -127,12 +131,13 @@ class Host:
         self.engine = self._load(choice, self._report)
         self.version += 1
 
-    def calibrate(self, work: Callable[[Engine, Callable[[str, int, int], None]], Any]) -> threading.Thread:
-        """Calibrate the loaded model in the background; `work(engine, report)` returns its new Artifacts."""
+    def calibrate(self, work: Calibration) -> threading.Thread:
+        """Calibrate the loaded model in the background; `work(engine, report, cancel)` returns its new Artifacts."""
         engine = self.ready()
+        self.cancel = threading.Event()
 
         def run() -> None:
-            artifacts = work(engine, self._step)
+            artifacts = work(engine, self._step, self.cancel)
             self.engine = Engine(engine.lvlm, artifacts)
             if isinstance(self._load, Loader):
                 self._load.adopt(self.engine)

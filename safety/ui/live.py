@@ -20,6 +20,7 @@ from safety.ui.board import STATE, View, view_of
 from safety.ui.host import Host
 
 UPDATES_PER_SECOND = 15
+REMEMBERED = 256  # visitors whose latest run can be revealed; whoever leaves unnoticed is forgotten in time
 BUG = "Something went wrong inside the app; the details are in its log. Your input is still here: you can run it again."
 MEMORY = (
     "The model ran out of memory. Try fewer columns, a shorter answer or a smaller picture; the model is still loaded."
@@ -49,7 +50,10 @@ class Runs:
         """Make this the visitor's run; the one before, if there is one, ends."""
         with self._lock:
             self._cancel(session)
+            self._runs.pop(session, None)
             self._runs[session] = run
+            while len(self._runs) > REMEMBERED:
+                del self._runs[next(iter(self._runs))]
 
     def cancel(self, session: str) -> None:
         """End the visitor's run, if there is one; its text stays known until the visitor leaves."""

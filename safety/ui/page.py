@@ -113,6 +113,7 @@ def build_page(model: Host | Engine) -> gr.Blocks:
             head.calibrate(handlers.calibrate, None, notice, **at_once).then(
                 handlers.watch, None, [head, editor], **wait
             )
+            head.cancel(handlers.cancel, None, None, **at_once)
         page.unload(handlers.leave)
     page.queue(max_size=host.mode.places + 64)
     return page

@@ -10,14 +10,27 @@ from safety.errors import UserError
 from safety.ui.browser import chromium, served
 from safety.ui.page import build_page
 
-VIEWS: dict[str, dict[str, Any]] = {
-    "page-light": {"viewport": {"width": 1366, "height": 860}, "color_scheme": "light"},
-    "page-dark": {"viewport": {"width": 1366, "height": 860}, "color_scheme": "dark"},
-    "page-wide": {"viewport": {"width": 3840, "height": 2160}, "color_scheme": "light"},
-    "page-phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
+# Each with the columns that are set up before the run.
+VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "page-light": ("together", {"viewport": {"width": 1366, "height": 900}, "color_scheme": "light"}),
+    "page-dark": ("each", {"viewport": {"width": 1720, "height": 1080}, "color_scheme": "dark"}),
+    "page-wide": ("together", {"viewport": {"width": 3840, "height": 2160}, "color_scheme": "light"}),
+    "page-phone": (
+        "together",
+        {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2},
+    ),
 }
 FINISHED = """() => [...document.querySelectorAll('.lane')].every(
     lane => ['done', 'limit', 'refused'].includes(lane.dataset.state))"""
+
+
+# Point at a word in the middle of the undefended answer, to show what the inspector tells.
+POINT = """() => {
+    const tokens = document.querySelectorAll('.lane')[0].querySelectorAll('.token');
+    const words = [...tokens].filter(token => token.textContent.trim());
+    const word = words[Math.floor(words.length / 2)];
+    if (word) word.dispatchEvent(new MouseEvent('mouseover', {bubbles: true}));
+}"""
 
 
 def take(engine: Engine, folder: Path, timeout: float = 300.0) -> list[Path]:
@@ -29,13 +42,16 @@ def take(engine: Engine, folder: Path, timeout: float = 300.0) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with served(build_page(engine)) as address, chromium() as browser:
-        for name, view in VIEWS.items():
+        for name, (layout, view) in VIEWS.items():
             page = browser.new_page(**view)
             page.set_default_timeout(120_000)
             page.goto(address)
+            page.wait_for_selector(".lane-card, .no-lanes")
+            page.click(f"[data-layout={layout}]")
             page.click(".card-run >> nth=0")
+            page.wait_for_selector(".lane .token")
             page.wait_for_function(FINISHED, timeout=timeout * 1000)
-            page.mouse.move(5, 5)
+            page.evaluate(POINT)
             page.wait_for_timeout(500)
             paths.append(folder / f"{name}.png")
             page.screenshot(path=str(paths[-1]))

@@ -22,7 +22,7 @@ LANES = {"none": "No defense", "sasa": "SASA", "revision": "Revision", "sapt": "
 
 
 def top(host: Host, **kwargs: Any) -> gr.HTML:
-    """The head. Triggers "switch" with a model's name and flags, and "calibrate" with the samples to use."""
+    """The head. Triggers "switch" with a model's name and flags, "calibrate" with the samples to use, and "cancel"."""
     return gr.HTML(
         value=top_view(host),
         html_template=(STATIC / "top.html").read_text("utf-8").replace("@mark", MARK),

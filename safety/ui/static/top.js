@@ -34,6 +34,7 @@ function draw() {
   const words = status.querySelector('span');
   if (words.textContent !== now.message) words.textContent = now.message;
   status.hidden = !now.message;
+  find('.cancel').hidden = now.public || now.state !== 'working' || now.task !== 'Calibrating';
   bar.hidden = now.state !== 'working';
   if (now.fraction === null) bar.removeAttribute('value'); else bar.value = now.fraction;
   const illustrative = now.model === 'miniature' ? 'the miniature model is small and illustrative: do not trust its facts.'
@@ -62,6 +63,7 @@ for (const [form, event] of [['load', 'switch'], ['calibrate', 'calibrate']]) {
     trigger(event, Object.fromEntries(new FormData(submitted.target)));
   });
 }
+find('.cancel').addEventListener('click', () => trigger('cancel', {}));
 element.addEventListener('keydown', event => {
   if (event.key !== 'Escape' || !find('.model').open) return;
   find('.model').open = false;
