@@ -1,7 +1,6 @@
 """The page's parts without a browser: controls to lanes, views, cancelling, presets, the command line of app.py."""
 
 import json
-import socket
 from typing import Any
 
 import gradio as gr
@@ -9,7 +8,6 @@ import pytest
 from page_stand_in import StandInEngine
 from PIL import Image
 
-import app
 from safety.engine import Answer, Event, Step
 from safety.errors import UserError
 from safety.inputs import open_image
@@ -263,43 +261,3 @@ def test_every_preset_has_its_picture_and_words() -> None:
     assert "attack" in kinds and "harmless twin" in kinds and "ordinary" in kinds
     attack, twin = (next(p for p in PRESETS if p.key == key) for key in ("attack", "twin"))
     assert attack.prompt == twin.prompt and Image.open(attack.image).size == Image.open(twin.image).size
-
-
-@pytest.mark.parametrize("port", ["0", "99999", "-1", "http", "", "７８６０"])
-def test_app_rejects_what_is_no_port(port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main([f"--port={port}"]) == 2
-    assert "--port must be a number from 1 to 65535" in capsys.readouterr().err
-
-
-def test_app_says_when_the_port_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert app.main(["--port", str(taken.getsockname()[1])]) == 2
-    assert "Another program may use that port" in capsys.readouterr().err
-
-
-def test_app_says_when_the_host_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["--host", "no.such.host.invalid"]) == 2
-    assert "is not an address" in capsys.readouterr().err
-
-
-def test_app_opens_the_page_although_the_model_cannot_be_loaded(
-    monkeypatch: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise UserError("The model was not found: check its name.")
-
-    opened: list[str] = []
-    monkeypatch.setattr("safety.load", refuse)
-    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: opened.append(options["server_name"]))
-    monkeypatch.setattr(gr.Blocks, "block_thread", lambda self: None)
-    assert app.main(["--port", "18765", "--model", "nobody/nothing"]) == 0
-    told = capsys.readouterr().out
-    assert opened == ["127.0.0.1"] and "loading nobody/nothing" in told
-    assert "The model was not found: check its name." in told and "Ready" not in told
-
-
-def test_app_takes_its_defaults_from_a_spaces_variables(monkeypatch: Any) -> None:
-    monkeypatch.setenv("DEMO_MODEL", "org/model")
-    monkeypatch.setenv("DEMO_QUANTIZATION", "nf4")
-    flags = app.parse(["--artifacts", "here", "--revision", "main"])
-    assert (flags.model, flags.quantization, flags.artifacts, flags.revision) == ("org/model", "nf4", "here", "main")

@@ -92,6 +92,8 @@ PRESETS = (
 
 def preset_of(path: str | None, prompt: str) -> Preset | None:
     """The example that this very picture and prompt are, None for a request of the visitor's own."""
+    if path is not None and not Path(path).is_file():
+        return None
     picture = None if path is None else Path(path).read_bytes()
     for preset in PRESETS:
         if preset.prompt == prompt.strip() and picture == (None if preset.image is None else preset.image.read_bytes()):
