@@ -10,7 +10,8 @@ from oracle import Oracle
 from PIL import Image
 from tiny import random_artifacts, tiny_llava
 
-from safety.engine import REFUSAL, Engine, Request
+from safety.decoding import REFUSAL
+from safety.engine import Engine, Request
 from safety.errors import UserError
 from safety.parts import LayersArtifact
 from safety.settings import Lane, Revision, Sampling, Sapt, Sasa
