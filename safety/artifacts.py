@@ -241,11 +241,12 @@ def read_tensors(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
 
 
 def _compare(folder: Path, expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
-    wrong = [f"{key} is {expected.get(key)!r} there and {value!r} here"
-             for key, value in actual.items() if expected.get(key) != value]
-    if wrong:
-        raise UserError(f"The artifacts in {folder} were calibrated for another model: {'; '.join(wrong)}. "
-                        "Load that model, or calibrate for this one.")
+    keys = [key for key, value in actual.items() if expected.get(key) != value]
+    if keys:
+        wrong = "; ".join(f"{key} is {expected.get(key)!r} there and {actual[key]!r} here" for key in keys)
+        advice = f"Load that one with --revision {expected['revision']}" if keys == ["revision"] else "Load that model"
+        raise UserError(f"The artifacts in {folder} were calibrated for another model: {wrong}. {advice}, or calibrate "
+                        "for this one.")
 
 
 def _read(folder: Path, config: dict[str, Any], lvlm: LVLM) -> Artifacts:

@@ -42,8 +42,9 @@ class Session:
         try:
             old = self.engine.lvlm
             try:
-                # A model that was made in memory could not be loaded again.
-                lvlm = load(name, quantization, revision, progress, replaced=old if old.source else None)
+                # A model that was made in memory could not be loaded again; one that is closed has nothing to give.
+                gives = old if old.source and not old.closed else None
+                lvlm = load(name, quantization, revision, progress, replaced=gives)
                 engine = Engine(lvlm, _artifacts(lvlm, artifacts))
             except BaseException as error:
                 if old.closed:

@@ -60,6 +60,12 @@ def test_another_model_is_named(lvlm, folder):
         load_artifacts(tiny_llava(layers=7), folder)
 
 
+def test_another_revision_is_named_with_the_flag_that_loads_it(lvlm, folder):
+    edit_config(folder, lambda config: config["fingerprint"].update(revision="abc"))
+    with pytest.raises(UserError, match=r"revision is 'abc' there and '' here\. Load that one with --revision abc, or"):
+        load_artifacts(lvlm, folder)
+
+
 def resign(folder, name, change):
     """Change a tensor file and its checksum with it: the content itself must be checked too."""
     import hashlib

@@ -120,6 +120,20 @@ def test_without_room_for_both_a_failed_load_brings_the_old_model_back(session, 
     assert session.engine is engine and say(engine) == before
 
 
+def test_when_the_old_model_cannot_come_back_another_one_still_can(session, folders, tmp_path, no_room_for_both):
+    for name in ("broken", "gone"):
+        shutil.copytree(folders / "one", tmp_path / name)
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    session.engine.lvlm.source = str(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    no_room_for_both(session.engine.lvlm.model)
+    with pytest.raises(UserError, match=r"broken could not be loaded .* And one could not be loaded again: .* Restart"):
+        session.switch(str(tmp_path / "broken"), "none")
+    assert session.engine.lvlm.closed
+    session.switch(str(folders / "two"), "none")
+    assert say(session.engine)
+
+
 def test_a_running_stream_ends_first_and_a_second_switch_is_turned_away(session, folders):
     stream = session.engine.stream("Hi", lanes=[Lane("none")], max_new_tokens=6)
     next(stream)
