@@ -88,7 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
             if name in hub.repos:
                 return self.reply({"error": "exists", "url": f"{hub.url}/{name}"}, 409)
-            hub.repos[name], hub.private[name] = [{}], wanted.get("visibility") == "private" or bool(wanted.get("private"))
+            hub.repos[name] = [{}]
+            hub.private[name] = "private" in (wanted.get("visibility"), "private" if wanted.get("private") else None)
             return self.reply({"url": f"{hub.url}/{name}"})
         if parts == ["api", "validate-yaml"]:
             return self.reply({"errors": [], "warnings": []})
@@ -97,9 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(403, "GatedRepo")
         if name not in hub.repos:
             return self.refuse(401, "RepoNotFound")
-        action, rest = (parts[4] if len(parts) > 4 else "revision", parts[5:]) if parts[0] == "api" else parts[2:4]
         if parts[0] != "api":
             return self.resolve(name, parts[3], "/".join(parts[4:]))
+        action, rest = (parts[4], parts[5:]) if len(parts) > 4 else ("revision", [])
         found = hub.find(name, rest[0] if rest else "main")
         if found is None:
             return self.refuse(404, "RevisionNotFound")
