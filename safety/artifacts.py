@@ -244,7 +244,9 @@ def _compare(folder: Path, expected: Mapping[str, Any], actual: Mapping[str, Any
     keys = [key for key, value in actual.items() if expected.get(key) != value]
     if keys:
         wrong = "; ".join(f"{key} is {expected.get(key)!r} there and {actual[key]!r} here" for key in keys)
-        advice = f"Load that one with --revision {expected['revision']}" if keys == ["revision"] else "Load that model"
+        commit = str(expected.get("revision"))  # of a Hub model; other models' weights have shorter digests
+        advice = f"Load that one with --revision {commit}" if keys == ["revision"] and len(commit) == 40 \
+            else "Load that model"
         raise UserError(f"The artifacts in {folder} were calibrated for another model: {wrong}. {advice}, or calibrate "
                         "for this one.")
 

@@ -61,8 +61,11 @@ def test_another_model_is_named(lvlm, folder):
 
 
 def test_another_revision_is_named_with_the_flag_that_loads_it(lvlm, folder):
-    edit_config(folder, lambda config: config["fingerprint"].update(revision="abc"))
-    with pytest.raises(UserError, match=r"revision is 'abc' there and '' here\. Load that one with --revision abc, or"):
+    edit_config(folder, lambda config: config["fingerprint"].update(revision="a" * 40))
+    with pytest.raises(UserError, match=r"is 'a{40}' there and '' here\. Load that one with --revision a{40}, or"):
+        load_artifacts(lvlm, folder)
+    edit_config(folder, lambda config: config["fingerprint"].update(revision="digest"))
+    with pytest.raises(UserError, match="Load that model, or"):
         load_artifacts(lvlm, folder)
 
 
