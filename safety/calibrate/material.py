@@ -41,7 +41,7 @@ class Recipe:
     """
 
     answer_tokens: int = 48
-    false_alarms: float = 0.03
+    false_alarms: float = 0.05
     per_scenario: int | None = None
     construction: Construction = "multi-response"
     pairs: int = 200
@@ -69,13 +69,19 @@ class Material:
         return np.array([sample.unsafe for sample in self.samples])
 
     @cached_property
+    def openly(self) -> np.ndarray:
+        """[samples] bool: does the prompt or its picture ask for it? Where only the given answer shows what was asked,
+        detectors of answers can learn from a sample, those of prompts cannot."""
+        return np.array([sample.request is None or sample.image is not None for sample in self.samples])
+
+    @cached_property
     def validation(self) -> np.ndarray:
-        """[samples] bool: the fourth, eighth, … of every label and kind."""
+        """[samples] bool: the fourth, eighth, … of every label and kind, of those that are asked openly."""
         count: Counter[tuple[str, str]] = Counter()
         marks = []
-        for sample in self.samples:
+        for sample, openly in zip(self.samples, self.openly, strict=True):
             count[sample.label, sample.kind] += 1
-            marks.append(count[sample.label, sample.kind] % 4 == 0)
+            marks.append(bool(openly) and count[sample.label, sample.kind] % 4 == 0)
         return np.array(marks)
 
     @cached_property
@@ -88,11 +94,11 @@ class Material:
     def understood(self) -> np.ndarray:
         """[samples] bool: does the answer show that the request was read? Only asked of requests that stand in the
         picture: at least half of their telling words (four letters or more, in at most 2 % of all requests) must come
-        up. An attack that was misread is an example of something else, so nothing is *fitted* on it; whatever is
-        *measured*, here and in the trial, is measured on all of them."""
+        up. A misread request's answer is about something else, so detectors of *answers* are not fitted on it;
+        whatever is *measured*, here and in the trial, is measured on all of them."""
         words = [set(re.findall(r"[a-z]{4,}", sample.asked.lower())) for sample in self.samples]
-        seen_in = Counter(word for row in words for word in row)
-        telling = [{word for word in row if seen_in[word] <= max(2, 0.02 * len(words))} for row in words]
+        seen_in = Counter(word for row, openly in zip(words, self.openly, strict=True) if openly for word in row)
+        telling = [{word for word in row if seen_in[word] <= max(2, 0.02 * self.openly.sum())} for row in words]
         marks = []
         for sample, row, seen in zip(self.samples, telling, self.observed, strict=True):
             said = set(re.findall(r"[a-z]{4,}", seen.answer.lower()))
@@ -106,18 +112,19 @@ class Material:
 
     def threshold(self, scores: Sequence[float] | np.ndarray, which: np.ndarray, otherwise: float
                   ) -> tuple[float, dict[str, float]]:
-        """(threshold, false alarms per kind) that benign requests reach with probability at most `false_alarms`.
+        """(threshold that benign requests reach with probability at most `false_alarms`, share of each kind that does).
 
-        Split conformal, for each kind of benign validation sample of which there are enough to promise that, and for
-        all of them together; the highest of these thresholds holds for all. `otherwise`: the paper's fixed value, where
-        there are too few.
+        Split conformal, for all benign validation samples together and for each kind with enough of them (2 / rate:
+        with fewer, its threshold would be its single highest score); the highest of these thresholds holds for all.
+        `otherwise`: the paper's fixed value, where there are too few for any promise.
 
         Args:
             scores: one per sample of `which`, all of them benign and none of them used in fitting.
         """
         values = np.asarray(scores, float)
         kinds = np.array([self.samples[i].kind for i in indices(which)])
-        groups = [values, *(values[kinds == kind] for kind in set(kinds))]
+        enough = [kind for kind in sorted(set(kinds)) if (kinds == kind).sum() * self.recipe.false_alarms >= 2]
+        groups = [values, *(values[kinds == kind] for kind in enough)]
         found = [limit for limit in (conformal_threshold(group.tolist(), self.recipe.false_alarms) for group in groups)
                  if np.isfinite(limit)]
         # Rounded up, so that no calibration score that was below reaches it.

@@ -25,7 +25,7 @@ from safety.evaluate.judges import is_garbage
 from safety.refusal import refusal_start
 from safety.settings import MAX_LANES, Lane, Revision
 
-DEPTHS = (0.35, 0.5, 0.65, 0.8)
+DEPTHS = (0.27, 0.35, 0.43, 0.5, 0.65, 0.8)
 STRENGTHS = {"head": (2.0, 3.0, 4.0), "layer": (0.5, 0.75, 1.0)}
 FIRST_LOOK, LONG_LOOK = 8, 36  # validation samples of each side on which all, and the best, candidates are tried
 FINALISTS = 4
@@ -52,7 +52,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
 
 def _pairs(material: Material) -> list[int]:
     """Harmful samples whose undefended answer is unsafe, none of them for validation; read rightly where possible."""
-    usable = material.complied & ~material.validation
+    usable = material.complied & ~material.validation & material.openly
     numbers = indices(usable & material.understood)
     if len(numbers) < 8:
         numbers = indices(usable)
@@ -64,7 +64,7 @@ def _sides(material: Material, numbers: list[int]) -> tuple[Side, Side]:
     construction = material.recipe.construction
     if construction == "multi-instruction":
         pictures = np.array([sample.image is not None for sample in material.samples])
-        benign = indices(~material.unsafe & ~material.validation & (pictures == pictures[numbers[0]]))
+        benign = indices(~material.unsafe & ~material.validation & material.openly & (pictures == pictures[numbers[0]]))
         return (_stored(material, benign[:material.recipe.pairs], "prompt"),
                 _stored(material, numbers, "prompt"))
     if construction == "text-response":
@@ -168,5 +168,6 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
 def _key(material: Material, group: list[Revision], count: int) -> str:
     """Changes with everything that a trial of these candidates depends on."""
     recipe = material.recipe
-    return digest([seen.path.stem for seen in material.observed], recipe.construction, recipe.pairs, recipe.seed,
+    stems = [seen.path.stem for seen, openly in zip(material.observed, material.openly, strict=True) if openly]
+    return digest(stems, recipe.construction, recipe.pairs, recipe.seed,
                   [asdict(candidate) for candidate in group], count, TOKENS)

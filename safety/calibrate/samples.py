@@ -2,7 +2,9 @@
 the same style, so that a probe cannot get by with learning typography."""
 
 import random
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,8 @@ from safety.mini.symbols import COLOURS, SHAPES
 from safety.samples import CARRIER, Sample
 
 LONGEST = 75  # characters that fit a typographic picture
+# What is asked for in a list's title: "Steps to bake bread." asks for "bake bread".
+TITLE = re.compile(r"(?:Steps|Methods|Ways|Tips|Instructions|List of ways|List of steps|List three ways) to (.*)\.")
 
 
 def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind: int, seed: int = 0) -> list[Sample]:
@@ -21,7 +25,9 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
 
     Kinds: "typographic" (unsafe) with "typographic twin" (safe), two thirds in FigStep's layout and the others each in
     a style of its own; "text" (unsafe) with "text twin" (safe) of the same word families; and, all safe, "ordinary"
-    (text), "reading" (what does the picture say?) and "symbol" (a coloured shape to name).
+    (text), "reading" (what does the picture say?) and "symbol" (a coloured shape to name). The training split also has
+    "opening" (both labels): the carrier prompt without a picture and the first words of an answer to yet another
+    request. They cost little, and detectors of answers learn from them what many more requests look like in an answer.
     """
     rng = random.Random(f"{split} {seed}")
 
@@ -58,6 +64,20 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
         path = folder / f"{split}-symbol-{number}.png"
         draw.coloured_shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), path.stem).save(path)
         samples.append(Sample(path.stem, NAME[number % len(NAME)], "safe", "symbol", str(path), kind="symbol"))
+    if split == "train":
+        samples += _openings(5 * per_kind // 2, {sample.asked for sample in samples}, seed)
+    return samples
+
+
+def _openings(most: int, taken: set[str], seed: int) -> list[Sample]:
+    """At most so many openings of answers for each label, to requests that no other sample asks."""
+    samples: list[Sample] = []
+    for rows in (corpus.harmful("train"), corpus.twins("train")):
+        titles = {match[1]: row for row in rows if row.text not in taken and (match := TITLE.fullmatch(row.text))}
+        chosen = random.Random(f"openings {seed}").sample(sorted(titles), min(most, len(titles)))
+        samples += [replace(_sample(f"opening-{titles[title].label}-{number}", titles[title], "opening", CARRIER),
+                            response=f"{title[0].upper()}{title[1:]}:\n1.", request=titles[title].text)
+                    for number, title in enumerate(chosen)]
     return samples
 
 

@@ -33,13 +33,16 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     recipe = material.recipe
     lessons = {index: lesson for index in range(len(material.samples)) if (lesson := _lesson(material, index))}
     fitted = [index for index in lessons if not material.validation[index] and material.understood[index]]
+    # Answers that were not generated, but given as openings, teach the detectors only.
+    whole = [index for index in fitted if material.openly[index]]
     held_out = [index for side in (True, False)
-                for index in [i for i in fitted if bool(lessons[i].refusal) == side][::6][:LOOKS]]
-    trained = [index for index in fitted if index not in set(held_out)]
+                for index in [i for i in whole if bool(lessons[i].refusal) == side][::6][:LOOKS]]
+    trained = [index for index in whole if index not in set(held_out)]
     if min(sum(bool(lessons[index].refusal) == side for index in trained) for side in (True, False)) < 2:
         raise UserError("SAPT learns from harmful requests that the undefended model answers, and there are none among "
                         "these samples. Give attacks that work.")
-    soft, curves = _train(material, [lessons[i] for i in trained], [lessons[i] for i in held_out])
+    stems = [[material.observed[i].path.stem for i in part] for part in (trained, held_out)]
+    soft, curves = _train(material, [lessons[i] for i in trained], [lessons[i] for i in held_out], digest(stems))
     material.out.mkdir(parents=True, exist_ok=True)
     _draw(material.out / CURVES, curves)
 
@@ -92,11 +95,10 @@ def _cache_of(material: Material, index: int) -> Callable[[], Tensor]:
     return (lambda: seen.tensor("cache")) if seen.has("cache") else compute
 
 
-def _train(material: Material, lessons: list[Lesson], held_out: list[Lesson]
+def _train(material: Material, lessons: list[Lesson], held_out: list[Lesson], samples: str
            ) -> tuple[SaptArtifact, dict[str, Any]]:
     """Train, from where an earlier start with the same recipe and samples stopped."""
-    key = digest(asdict(material.recipe.soft), [seen.path.stem for seen in material.observed], len(lessons))
-    path = material.work / f"soft-prompt-{key}.pt"
+    path = material.work / f"soft-prompt-{digest(asdict(material.recipe.soft), samples)}.pt"
     state = torch.load(path, weights_only=True, map_location=material.lvlm.device) if path.exists() else None
 
     def save(state: dict[str, Any]) -> None:
@@ -144,7 +146,7 @@ def _checks(material: Material, soft: Tensor, lessons: dict[int, Lesson]) -> dic
 def _frozen(material: Material, soft: Tensor) -> Probe | None:
     """The released code's kind of detector: PCA to 4 components and logistic regression on text-only instructions, each
     followed by the soft prompt. None without enough of them."""
-    chosen = [i for i, sample in enumerate(material.samples) if sample.image is None and not material.validation[i]]
+    chosen = [i for i in indices(~material.validation & material.openly) if material.samples[i].image is None]
     labels = [bool(material.unsafe[i]) for i in chosen]
     if min(labels.count(True), labels.count(False)) < 8:
         return None

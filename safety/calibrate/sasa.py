@@ -26,14 +26,15 @@ CURVES = "sasa-curves.png"
 def fit(material: Material, artifacts: Artifacts) -> dict:
     """Add the SASA part and its recommended settings to `artifacts`; returns how they were found."""
     lvlm, samples = material.lvlm, material.samples
-    text = {side: [s.prompt for s in samples if not s.image and s.unsafe == side][:QUERIES] for side in (True, False)}
+    text = {side: [s.prompt for s in samples if s.image is None and s.request is None and s.unsafe == side][:QUERIES]
+            for side in (True, False)}
     if min(map(len, text.values())) < 8:
         raise UserError("SASA ranks heads on text requests: give at least 8 safe and 8 unsafe samples "
                         "without an image.")
     harmful, ordinary = _importance(material, text)
     curve = layers.safety_curve(harmful, ordinary)
     chosen = _chosen(material)
-    separable, artifacts.layers = _separability(material, chosen & ~material.validation & material.understood)
+    separable, artifacts.layers = _separability(material, chosen & ~material.validation)
     rule = layers.choose_blocks(curve, separable, max(1, lvlm.deepstack))
     pairs = tried_pairs(lvlm)
     ranked = _screen(material, chosen, sorted({rule, *pairs}))
@@ -41,7 +42,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
 
     # The rule's pair was run on the screened samples only; it gets a probe if it leads, or if those are all there are.
     shipped = sorted({best, *pairs, *([rule] if chosen.sum() <= SCREEN else [])})
-    fitted, judged = chosen & ~material.validation & material.understood, chosen & material.validation
+    fitted, judged = chosen & ~material.validation, chosen & material.validation
     probes, found, certain = {}, {}, []
     for pair in (None, *shipped):
         result = cross_fit(_logits(material, fitted, pair), material.unsafe[fitted])
@@ -93,13 +94,13 @@ def _importance(material: Material, text: dict[bool, list[str]]) -> tuple[Tensor
 def _chosen(material: Material) -> np.ndarray:
     """[samples] bool: at most `per_scenario` of each scenario, label and kind, and a third as many for validation."""
     most = material.recipe.per_scenario
-    marks = np.ones(len(material.samples), bool)
+    marks = material.openly.copy()
     if most is not None:
         count: dict[tuple, int] = {}
         for index, sample in enumerate(material.samples):
             key = (sample.scenario, sample.label, sample.kind, bool(material.validation[index]))
             count[key] = count.get(key, 0) + 1
-            marks[index] = count[key] <= (-(-most // 3) if material.validation[index] else most)
+            marks[index] &= count[key] <= (-(-most // 3) if material.validation[index] else most)
     return marks
 
 
@@ -135,7 +136,7 @@ def _screened(chosen: np.ndarray) -> np.ndarray:
 
 def _screen(material: Material, chosen: np.ndarray, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], float]:
     """Cross-validated AUROC of every pair's probe on the same samples."""
-    which = _screened(chosen) & ~material.validation & material.understood
+    which = _screened(chosen) & ~material.validation
     with material.progress.stage("comparing pairs", len(pairs)) as tick:
         ranked = {}
         for pair in pairs:
