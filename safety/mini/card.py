@@ -71,13 +71,13 @@ LIMITS = """
 - Refusal is judged by key words (`safety/refusal.py`): it measures refusing, not harm. "On topic" only means that an
   answer uses a content word of the request; most complying answers are too vague to be harmful.
 - Reading meets its aim (90 % of words) for ordinary words in FigStep-like layout only. Rare words, words never drawn in
-  training, free text and small letters are often misread. Two things are short: the tower, whose nearest token is right
-  for 82 % of random words in lists and 69 % in free text (48 pictures each, not the ones above), and the language model,
-  which would rather say a sentence that makes sense than repeat random words.
+  training, free text and small letters are often misread. Two things are short: the tower, whose nearest token is
+  right for 82 % of random words in lists and 69 % in free text (48 pictures each, not the ones above), and the
+  language model, which would rather say a sentence that makes sense than repeat random words.
 - It names {symbols} symbols well; of nine colours and six shapes it gets one pair in three wrong.
 - The own held-out requests share no phrase or held-out key word with training, but part of the corpus was written after
-  an earlier model's failures on some of them had been read; what resembled those was left out. The public sets were not
-  looked at.
+  an earlier model's failures on some of them, and on FigStep titles as text, had been read; what resembled those was
+  left out. Failures on the other public sets had no part in it.
 - The text-only alignment overshoots: one benign request in five that shares words with harmful ones is refused. Words
   that no harmful training request held ("shoplift", "LSD") can get past it.
 - A title that it misreads can end in an answer that repeats itself.
