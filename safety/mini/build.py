@@ -86,7 +86,7 @@ def make_lexicon(work: Path | None, data: Path | None) -> Any:
 
 
 def train_vision(work: Path, data: Path | None, seed: int, device: str) -> None:
-    """Reading blocks, dictionary, then the dictionary behind the reader."""
+    """Reading blocks, dictionary, then both together."""
     from safety.mini.base import load_base_lm, load_tokenizer
     from safety.mini.dictionary import train_dictionary
     from safety.mini.joint import train_joint

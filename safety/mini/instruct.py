@@ -33,6 +33,8 @@ from safety.quantize import fast_dtype
 INSTRUCT_CHECKPOINT = "instruct.pt"
 PICTURES = 4  # pictures of one step, each with several turns
 REPLAY = 10  # text-only examples of one step
+REPLAY_SHARE = (0.42, 0.34, 0.24)  # of them: harmful, benign twins, ordinary
+TEXT_WEIGHT = 0.7
 FIRST_BLOCK = 8  # blocks below are not trained further
 MIX = (0.44, 0.13, 0.14, 0.23, 0.06)  # list, random words, typeset request, symbols, unrelated picture
 
@@ -118,7 +120,7 @@ def text_replay(
 
     def examples(step: int) -> list[Example]:
         rng = random.Random(f"{seed} {step}")
-        return [rng.choice(pool) for pool in rng.choices(pools, weights=settings.share, k=REPLAY)]
+        return [rng.choice(pool) for pool in rng.choices(pools, weights=REPLAY_SHARE, k=REPLAY)]
 
     return examples
 
@@ -186,7 +188,7 @@ def instruct(
         packed = [pack(tokenizer, image_id, turns) for _, turns in made]
         image_loss = packed_loss(model, packed, said, image_id, tokenizer.pad_token_id)
         text_loss = answer_loss(model, replay(step), tokenizer.pad_token_id)
-        return {"image": image_loss, "text": 0.5 * text_loss}
+        return {"image": image_loss, "text": TEXT_WEIGHT * text_loss}
 
     train_loop(
         Student(parameters),
