@@ -76,7 +76,7 @@ def test_text_alone_is_refused_without_any_defense(engine):
 
 def test_it_reads_and_speaks(engine):
     picture = figstep("Steps to bake bread.")
-    answer, = engine.answer(CARRIER, picture, lanes=[Lane("none")], max_new_tokens=24)
+    answer, = engine.answer("What does the image say?", picture, lanes=[Lane("none")], max_new_tokens=24)
     assert "bake" in answer.text.lower() and "bread" in answer.text.lower()
     answer, = engine.answer("What is the capital of France?", lanes=[Lane("none")], max_new_tokens=24)
     assert "Paris" in answer.text

@@ -7,6 +7,8 @@ samples, recipe). A start after a kill, at any point, takes up what holds and do
 import argparse
 import json
 import platform
+import shlex
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -38,7 +40,8 @@ HELD_OUT = 24  # the miniature's samples of each kind for the closing trial
 
 def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample], out: Path, work: Path,
               parts: Sequence[str] = PARTS, report: Report = lambda stage, done, total: None,
-              cancel: threading.Event | None = None, recipe: Recipe = Recipe()) -> Artifacts:
+              cancel: threading.Event | None = None, recipe: Recipe = Recipe(), command: str | None = None
+              ) -> Artifacts:
     """Fit `parts` and write the artifact folder `out`; parts that are there already and not asked for are kept.
 
     The model's lock is held only while something runs on the model, so other runs wait for a sample, not for the end.
@@ -47,6 +50,7 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
         held_out: samples that take no part, for the closing trial of all lanes (run when all four parts are there).
         work: intermediate results; see above. Delete it to free the disk.
         report: called with (stage, steps done, steps in all). cancel: set it to stop at the next step.
+        command: what would do it again; noted in the artifacts.
 
     Raises:
         UserError: too few samples, or none that a part can learn from; says what to do.
@@ -66,6 +70,8 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
         made.about[part] = FITS[part](material, made)
     artifacts = _merged(made, parts, lvlm, out)
     about = artifacts.about
+    if command:
+        about["command"] = command
     about |= {"samples": _census(material), "recipe": asdict(recipe),
               "seconds": about.get("seconds", {}) | progress.seconds,
               "date": datetime.now(UTC).date().isoformat(), "number_format": lvlm.label,
@@ -138,7 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for part in PARTS:
         parser.add_argument(f"--{part}", action="store_true", help=f"fit {part} (default: everything)")
     recipe = Recipe()
-    parser.add_argument("--per-kind", type=int, default=44, help="the miniature's samples of each kind (default 44)")
+    parser.add_argument("--per-kind", type=int, default=180, help="the miniature's samples of each kind "
+                        "(default 180: 20 minutes on two cores)")
     parser.add_argument("--per-scenario", type=int, help="fit SASA's probes on so many samples of each scenario, label "
                         "and kind; 10 is the paper (default: all)")
     parser.add_argument("--construction", choices=("multi-response", "multi-instruction", "text-response"),
@@ -175,7 +182,8 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     else:
         raise UserError("Give --data: only the miniature brings samples of its own.")
     with _Bars() as bars:
-        artifacts = calibrate(lvlm, samples, held_out, out, arguments.work, parts, bars, recipe=recipe)
+        artifacts = calibrate(lvlm, samples, held_out, out, arguments.work, parts, bars, recipe=recipe,
+                              command=f"python -m safety {shlex.join(sys.argv[1:])}")
     for lane, kinds in artifacts.about.get("held_out", {}).items():
         print(f"{lane:9}", *(f"{kind}: refused {row['refused']['hits']}/{row['refused']['n']}"
                              f" garbage {row['garbage']['hits']}" for kind, row in kinds.items()), sep="  ")
