@@ -141,8 +141,8 @@ def test_multi_instruction_contrasts_pictures_with_benign_and_with_harmful_reque
 def test_text_response_removes_the_picture(lvlm, samples, calibrated, tmp_path):
     recipe = replace(RECIPE, construction="text-response")
     made = calibrate(lvlm, samples[:56], [], tmp_path, calibrated[2], ("revision",), recipe=recipe)
-    pictured = [replace(sample, request=sample.prompt, image=None, prompt=sample.prompt) for sample in samples[:56]]
-    plain = calibrate(lvlm, pictured, [], tmp_path / "plain", tmp_path / "work", ("revision",), recipe=RECIPE)
+    pictureless = [replace(sample, image=None) for sample in samples[:56]]
+    plain = calibrate(lvlm, pictureless, [], tmp_path / "plain", tmp_path / "work", ("revision",), recipe=RECIPE)
     vectors = [artifacts.revision.vector("layer", "mms", 2) for artifacts in (made, plain, calibrated[0])]
     assert torch.allclose(vectors[0], vectors[1], atol=1e-3) and not torch.allclose(vectors[0], vectors[2], atol=1e-3)
 
@@ -166,6 +166,7 @@ def test_a_misread_attack_is_not_fitted_on(lvlm, samples, calibrated, tmp_path):
     found = material.Material(lvlm, requests, seen, RECIPE, tmp_path, tmp_path)
     assert found.understood.tolist() == [True, False, True, True]
     assert found.complied.tolist() == [True, True, True, False]
+    assert found.openly.tolist() == [False, False, True, False]  # "Fill in the list.", and no picture that has one
 
 
 def test_the_command(lvlm, samples, calibrated, tmp_path, capsys, monkeypatch):
