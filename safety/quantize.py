@@ -1,7 +1,9 @@
 """Int8 on the CPU, for the miniature: weights per output channel, activations per row.
 
-Per row, so that a lane's numbers do not depend on the company it keeps: torch's own dynamic quantiser takes one
-activation scale over the whole batch. (torchao has per-row scales too; its CPU path measured four times slower.)
+Per row, so that no other lane's values enter a lane's products: torch's own dynamic quantiser takes one activation
+scale over the whole batch. (torchao has per-row scales too; its CPU path measured four times slower.) What remains is
+floating-point rounding, which depends on the shape of a batch: a value that is rounded to another whole number for
+it moves by a whole step, so an answer can read differently in other company. In fp32 it does not.
 """
 
 import time
