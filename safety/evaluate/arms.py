@@ -38,8 +38,10 @@ SETS = {
     "baselines": ("none", *BASELINES),
     "stacks": ("none", "sasa+revision", "sasa+sapt", "revision+sapt", "all"),
     "sasa-ablation": ("none", "sasa", "sasa:mode=probe", "sasa:mode=project"),  # both, no projection, no probe
-    "revision-ablation": ("none", "revision:heads=top:fraction=0.1", "revision:heads=random:fraction=0.7", "revision",
-                          "revision:positions=all", "random-vector"),
+    # The paper's strength, on heads, whatever calibration chose: shares and choices of heads are what is compared.
+    "revision-ablation": ("none", *(f"revision:level=head:alpha=2:{heads}" for heads in (
+        "fraction=0.1", "fraction=0.7", "heads=random:fraction=0.7")), "revision", "revision:positions=all",
+        "random-vector"),
     "sapt-ablation": ("none", *(f"sapt:interval={k}:threshold={t}" for k, t in
                                 itertools.product((8, 16, 32), (0.5, 0.7, 0.9)))),
     "extensions": ("none", "sasa:choice=static", "sasa:choice=per-input", "sapt:end_check=on", "sapt:end_check=off",

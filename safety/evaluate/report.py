@@ -14,9 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safety.errors import UserError
 from safety.evaluate.figures import figures
 
-MEASURES = {"attack_success": "attack success", "over_refusal": "over-refusal", "refusal": "refusal",
-            "utility": "utility", "garbage": "garbage", "harmful": "harmful"}
-JUDGED = ("attack_success", "over_refusal", "refusal")
+MEASURES = {"attack_success": "attack success", "on_topic": "and on topic", "over_refusal": "over-refusal",
+            "refusal": "refusal", "utility": "utility", "garbage": "garbage", "harmful": "harmful"}
+JUDGED = ("attack_success", "on_topic", "over_refusal", "refusal")
 
 
 def percent(row: Mapping[str, Any] | None) -> str:
@@ -58,6 +58,7 @@ def headline(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table that says it in short, one row a lane: (column titles, rows)."""
     judged = kappa(summary)
     wanted = [("picture attacks", "attack_success", f"picture attacks that succeed ({judged})"),
+              ("picture attacks", "on_topic", "and answer on topic"),
               ("text attacks", "attack_success", f"text attacks that succeed ({judged})"),
               ("benign requests", "over_refusal", f"benign requests refused ({judged})"),
               ("known answers", "utility", "right words where the answer is known")]
