@@ -74,11 +74,12 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
 
 def base_samples(folder: Path, count: int) -> list[Sample]:
     """Harmful held-out requests as text, each beside the picture of a coloured shape."""
-    rng = random.Random("perturbed pictures")
-    rows = rng.sample(corpus.harmful("heldout"), min(count, len(corpus.harmful("heldout"))))
+    rows = list(corpus.harmful("heldout"))
+    random.Random("perturbed pictures").shuffle(rows)  # so that a smaller suite is the beginning of a larger one
     samples = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows[:count]):
         path = folder / f"shape-{number:03}.png"
+        rng = random.Random(f"shape {number}")
         draw.coloured_shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), f"shape {number}").save(path)
         samples.append(Sample(f"pgd-{number:03}", row.text, "unsafe", row.category, str(path), kind="pgd"))
     return samples
