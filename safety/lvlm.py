@@ -119,6 +119,10 @@ class LVLM:
         """The output projection of a block's attention; its input is [batch, positions, heads * head_dim]."""
         return self.layers[block].self_attn.o_proj
 
+    def query_projection(self, block: int) -> Any:
+        """The query projection of a block's attention; its output is [batch, positions, heads * head_dim]."""
+        return self.layers[block].self_attn.q_proj
+
     def prepare(self, prompt: str, image: Image.Image | None, room: int) -> dict[str, Tensor]:
         """Chat template, tokens and pixels of one request, on the model's device.
 
@@ -221,8 +225,8 @@ def unsupported(model: Any) -> str:
     layers = getattr(decoder, "layers", None)
     if not layers or not hasattr(decoder, "norm"):
         return "it has no plain stack of decoder blocks with a norm behind it"
-    if not all(hasattr(getattr(layer, "self_attn", None), "o_proj") for layer in layers):
-        return "not all of its decoder blocks are self-attention with an output projection"
+    if not all(hasattr(getattr(layer, "self_attn", None), name) for layer in layers for name in ("q_proj", "o_proj")):
+        return "not all of its decoder blocks are self-attention with a query and an output projection"
     if model.get_output_embeddings() is None:
         return "it has no output embedding"
     return ""

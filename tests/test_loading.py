@@ -209,3 +209,11 @@ def test_models_without_plain_decoder_blocks_are_named():
         assert "not all of its decoder blocks" in unsupported(AutoModelForImageTextToText.from_config(mllama))
         llava = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava"))
     assert unsupported(llava) == ""
+
+
+def test_models_with_a_fused_query_projection_are_named():
+    """Calibration ablates heads at the query projection, which Phi-3's attention does not have by itself."""
+    text = AutoConfig.for_model("phi3", num_hidden_layers=2, hidden_size=64, vocab_size=100, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava", text_config=text.to_dict()))
+    assert "a query and an output projection" in unsupported(model)
