@@ -216,7 +216,8 @@ def test_a_run_in_plain_words() -> None:
     went, refused = answer("Sure, here it is", name="No defense"), answer("I'm sorry, but I can't help with that.")
     gate, injected = Event("gate", 0, 0.9, 0.5, True), Event("injection", 16, 0.9, 0.5, True)
     assert verdict(lanes, [went, refused], ["streaming", "done"]) == ""
-    assert "went along" in verdict(lanes, [went, refused], ["done", "done"])
+    assert "the model went along" in verdict(lanes, [went, refused], ["done", "done"], harmful=True)
+    assert "the model answered." in verdict(lanes, [went, refused], ["done", "done"])  # nobody knows what was asked
     stopped = answer("I'm sorry, but I can't help with that.", (gate,))
     assert "before the first word" in verdict(lanes, [went, stopped], ["done", "refused"], True)
     turned = answer("Well. I'm sorry, but I can't help with that.", (injected,))
@@ -225,6 +226,18 @@ def test_a_run_in_plain_words() -> None:
     assert "missed it" in verdict(lanes, [went, answer("Sure, go on")], ["done", "done"], harmful=True)
     many = [*lanes, Lane("SASA", Sasa(1, 2))]
     assert "1 of the 2 defended columns refused (Defended)" in verdict(many, [went, refused, went], ["done"] * 3)
+
+
+def test_plain_words_do_not_hide_a_revision_that_changed_the_wording() -> None:
+    went, other = answer("Sure, here it is", name="No defense"), answer("Here it is")
+    for settings, words in ((Lane("Defended", sapt=Sapt()), "no defense stepped in."),
+                            (Lane("Defended", revision=Revision(3, alpha=0)), "no defense stepped in."),
+                            (Lane("Defended", Sasa(1, 2), Revision(3)), "revision nudged every step, so the wording"),
+                            (Lane("Defended", Sasa(1, 2, mode="project")), "SASA's projection nudged"),
+                            ):  # fmt: skip
+        assert words in verdict([Lane("No defense"), settings], [went, other], ["done", "done"])
+    same = verdict([Lane("No defense"), Lane("x", revision=Revision(3))], [went, went], ["done", "done"], harmful=True)
+    assert "went along too: no defense refused" in same and "wording is the same" in same
 
 
 def test_a_lanes_extra_work_is_counted() -> None:

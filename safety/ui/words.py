@@ -16,10 +16,10 @@ def verdict(lanes: list[Lane], answers: list[Answer], states: list[str], harmful
         return ""
     if "stopped" in states:
         return "You stopped this run: what was written until then is below."
-    parts = [_alone(answers[0])]
+    parts = [_alone(answers[0], harmful)]
     refused = [answer.name for answer in answers[1:] if answer.refused]
     if len(lanes) == 2:
-        parts.append(_defended(answers[1]))
+        parts.append(_defended(lanes[1], answers[1], answers[0], harmful))
     elif len(lanes) > 2:
         names = f" ({_list(refused)})" if refused else ""
         parts.append(f"{len(refused) or 'None'} of the {len(lanes) - 1} defended columns refused{names}.")
@@ -32,18 +32,37 @@ def verdict(lanes: list[Lane], answers: list[Answer], states: list[str], harmful
     return " ".join(parts)
 
 
-def _alone(answer: Answer) -> str:
-    return "On its own, the model refused." if answer.refused else "On its own, the model went along with the request."
+def _alone(answer: Answer, harmful: bool | None) -> str:
+    if answer.refused:
+        return "On its own, the model refused."
+    return f"On its own, the model {'went along with the request' if harmful else 'answered'}."
 
 
-def _defended(answer: Answer) -> str:
+def _defended(lane: Lane, answer: Answer, alone: Answer, harmful: bool | None) -> str:
     if any(event.type == "gate" and event.fired for event in answer.events):
         return "Defended, it was stopped before the first word: SASA judged the request harmful."
     injection = next((event for event in answer.events if event.type == "injection"), None)
     if injection is not None:
         turned = "and the answer turned into a refusal" if answer.refused else "but the answer went on"
         return f"Defended, SAPT stepped in after {injection.token} tokens, {turned}."
-    return "Defended, it refused." if answer.refused else "Defended, it went along too: no defense stepped in."
+    if answer.refused:
+        return "Defended, it refused."
+    went = "went along too" if harmful else "answered too"
+    steering = _steering(lane)
+    if not steering:
+        return f"Defended, it {went}: no defense stepped in."
+    said = "but the wording is the same" if answer.text == alone.text else "so the wording differs"
+    return f"Defended, it {went}: no defense refused; {_list(steering)} nudged every step, {said}."
+
+
+def _steering(lane: Lane) -> list[str]:
+    """The defenses that act on every token of the lane, whatever is asked."""
+    found = []
+    if lane.sasa is not None and lane.sasa.mode == "project" and lane.sasa.strength:
+        found.append("SASA's projection")
+    if lane.revision is not None and lane.revision.alpha:
+        found.append("revision")
+    return found
 
 
 def _list(names: list[str]) -> str:
