@@ -130,7 +130,7 @@ def _script(lane: Lane, harmful: bool, words: list[str] | None) -> Iterator[tupl
         events = list(first) if i == 0 else []
         if lane.sapt is not None and i and i % lane.sapt.interval == 0 and injected_at is None:
             fired = harm >= lane.sapt.threshold * 0.6
-            p = min(0.99, harm + 0.3) if fired else harm
+            p = max(lane.sapt.threshold, min(0.99, harm + 0.3)) if fired else harm
             events.append(Event("check", i, p, lane.sapt.threshold, fired))
             if fired:
                 events.append(Event("injection", i, p, lane.sapt.threshold, True))

@@ -55,7 +55,7 @@ def test_an_example_streams_in_every_column_with_marks_and_badge(page: Any, engi
         seen = list(dict.fromkeys(row[lane] for row in lengths))
         # The text grew while it was watched.
         assert seen == sorted(seen) and len(seen) >= 2, (lane, seen)
-    assert states(page) == ["done", "refused", "done", "done", "refused"]
+    assert states(page) == ["done", "refused", "done", "refused", "refused"]
     undefended, sasa, _, sapt = (page.locator(".lane").nth(i) for i in range(4))
     assert undefended.locator(".token.over").count() > 5
     style = undefended.locator(".token.over").first.evaluate("token => getComputedStyle(token).textDecorationLine")
@@ -77,6 +77,14 @@ def test_a_benign_prompt_passes_the_gate_in_two_columns(page: Any) -> None:
     assert states(page) == ["done", "done"]
     assert page.locator(".badge:visible").inner_text() == "SASA 0.04 < 0.50 → passed"
     assert page.locator(".token.over").count() == 0
+
+
+def test_a_badge_shows_the_digits_that_tell_it_from_the_threshold(page: Any) -> None:
+    page.click(".defense-sasa .settings")
+    page.fill(".defense-sasa .number >> nth=0", "0.9704")
+    ask(page, "Make a list.")
+    wait_for_end(page)
+    assert page.locator(".badge:visible").inner_text() == "SASA 0.9700 < 0.9704 → passed"
 
 
 def test_without_defenses_only_the_undefended_column_runs(page: Any) -> None:

@@ -181,6 +181,22 @@ def test_badge_and_chips() -> None:
     assert len(empty_view()["lanes"]) == 2
 
 
+def test_numbers_next_to_a_threshold_stay_on_their_side_of_it() -> None:
+    done = answer([0.82414], (Event("gate", 0, 0.82414, 0.8241, True), Event("check", 0, 0.82414, 0.8241, True)))
+    lane = view(done, Lane("x", Sasa(1, 2), sapt=Sapt()))["lanes"][0]
+    assert lane["badge"]["p"] >= lane["badge"]["t"] and lane["badge"]["fired"]
+    assert lane["marks"][0]["p"] >= lane["marks"][0]["t"] and lane["harm"] == [0.82414]
+
+
+def test_an_answer_that_refuses_in_its_own_words_is_shown_as_refused() -> None:
+    refusal = Answer("x", 0.9)
+    refusal.add(Step(0, 0, 0, 1, "I'm sorry, but I can't help with that.", 0.1, (), None, 1.0, 0.0))
+    ends = ("streaming", "done", "limit", "stopped")
+    shown = [view(refusal, Lane("x"), state)["lanes"][0]["state"] for state in ends]
+    assert shown == ["streaming", "refused", "refused", "stopped"]
+    assert view(answer([0.1]), Lane("x"), "limit")["lanes"][0]["state"] == "limit"
+
+
 def live(engine: StandInEngine, prompt: str = "Hello?", host: Host | None = None) -> LiveRun:
     host = host or Host(engine)  # type: ignore[arg-type]
     return LiveRun(host, [Lane("No defense")], {}, prompt=prompt, image=None, max_new_tokens=64)

@@ -19,6 +19,7 @@ STATE = {None: "streaming", "eos": "done", "length": "limit", "gate": "refused"}
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("columns", "trace", "inspect", "remark", "layers", "keep", "history", "replay", "draw")
 View = dict[str, Any]
+DIGITS = 6  # of a probability that is compared with a threshold: rounded coarser, it could fall on the other side
 
 _EMPTY = {
     "No defense": "Run an example or ask something: the model's own answer appears here, with nothing in its way.",
@@ -102,10 +103,11 @@ def _lane_view(
         lane.name,
         defended=bool(lane.sasa or lane.revision or lane.sapt),
         chips=chips(lane),
-        state=state,
+        # An answer that refuses in its own words is a refusal, too, however it ended.
+        state="refused" if state in ("done", "limit") and answer.refused else state,
         wait=wait,
         tokens=[token if i < hidden else _blot(token) for i, token in enumerate(answer.tokens)],
-        harm=[None if p is None else round(p, 3) for p in answer.harm],
+        harm=[None if p is None else round(p, DIGITS) for p in answer.harm],
         chances=[None if p is None or i >= hidden else round(p, 3) for i, p in enumerate(answer.probability)],
         others=[
             [[text, round(p, 3)] for text, p in pairs[:4]] if i < hidden else []
@@ -175,7 +177,7 @@ def _mark(event: Event) -> View:
     return {
         "type": event.type,
         "token": event.token,
-        "p": round(event.probability, 3),
+        "p": round(event.probability, DIGITS),
         "t": event.threshold,
         "fired": event.fired,
     }
@@ -187,7 +189,7 @@ def _badge(lane: Lane, answer: Answer) -> View | None:
     gate = next((event for event in answer.events if event.type == "gate"), None)
     if gate is None:
         return {"p": None, "t": lane.sasa.threshold, "fired": False}
-    return {"p": round(gate.probability, 3), "t": gate.threshold, "fired": gate.fired}
+    return {"p": round(gate.probability, DIGITS), "t": gate.threshold, "fired": gate.fired}
 
 
 def _speed(answer: Answer) -> str:

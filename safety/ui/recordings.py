@@ -17,7 +17,7 @@ from typing import Any
 from safety.engine import Answer, Engine, Event
 from safety.errors import UserError
 from safety.settings import Lane, Revision, Sapt, Sasa
-from safety.ui.board import STATE, View, view_of
+from safety.ui.board import DIGITS, STATE, View, view_of
 from safety.ui.knobs import UNDEFENDED, layouts
 from safety.ui.presets import FOLDER, PRESETS, Preset
 
@@ -105,10 +105,10 @@ def record(engine: Engine, preset: Preset, commit: str, max_new_tokens: int = 96
 
 
 def _short(answer: Answer) -> dict[str, Any]:
-    """The answer with as many digits as are ever shown."""
+    """The answer with as many digits as the page needs."""
     row = asdict(answer)
-    for key in ("harm", "probability"):
-        row[key] = [None if p is None else round(p, 4) for p in row[key]]
+    for key, digits in (("harm", DIGITS), ("probability", 4)):
+        row[key] = [None if p is None else round(p, digits) for p in row[key]]
     row["alternatives"] = [[[text, round(p, 4)] for text, p in pairs[:4]] for pairs in answer.alternatives]
     return row
 

@@ -92,7 +92,7 @@ function addTokens(column, lane) {
       if (mark.token === i && mark.type === 'injection') {
         const flag = html('span', 'flag', fresh);  // drawn by CSS, so that copied text stays the model's own
         flag.setAttribute('role', 'img');
-        flag.title = `SAPT injected its reminder here: ${mark.p.toFixed(2)} ≥ ${mark.t.toFixed(2)}`;
+        flag.title = `SAPT injected its reminder here: ${compared(mark.p, mark.t, true)}`;
         flag.setAttribute('aria-label', flag.title);
       }
     }

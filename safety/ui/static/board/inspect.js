@@ -75,7 +75,7 @@ function describe(column, lane, i) {
     html('span', over ? 'alarming' : '', first, `harm ${harm.toFixed(2)}` + (over ? ` ≥ ${line.toFixed(2)}` : ''));
   }
   for (const mark of lane.marks) {
-    if (mark.token === i) html('span', 'event', first, markText(mark, marks.of(lane.name, 'sapt') ?? mark.t));
+    if (mark.token === i) html('span', 'event', first, markText(mark, marks.of(lane.name, 'sapt')));
   }
   if (i === 0 && lane.badge && lane.badge.p !== null) html('span', 'event', first, badgeText(lane));
   const others = (lane.others[i] || []).filter(pair => pair[0] !== lane.tokens[i]).slice(0, 3);

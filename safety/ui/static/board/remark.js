@@ -41,10 +41,19 @@ knobButton.addEventListener('click', () => {
   remark();
 });
 
+// "0.95 ≥ 0.90", with as many digits as it takes to tell the two apart. What the run did counts; p is compared anew
+// only with a threshold that was moved since.
+const reached = (mark, moved) => moved === undefined ? mark.fired : mark.p >= moved;
+function compared(p, t, over) {
+  let digits = 2;
+  while (digits < 5 && p !== t && p.toFixed(digits) === t.toFixed(digits)) digits++;
+  return `${p.toFixed(digits)} ${over ? '≥' : '<'} ${t.toFixed(digits)}`;
+}
+
 function badgeText(lane) {
-  const gate = lane.badge, t = marks.of(lane.name, 'sasa') ?? gate.t, fired = gate.p >= t;
-  const told = t === gate.t ? (fired ? 'refused' : 'passed') : fired ? 'would refuse' : 'would pass';
-  return `SASA ${gate.p.toFixed(2)} ${fired ? '≥' : '<'} ${t.toFixed(2)} → ${told}`;
+  const gate = lane.badge, moved = marks.of(lane.name, 'sasa'), fired = reached(gate, moved);
+  const told = moved === undefined ? (fired ? 'refused' : 'passed') : fired ? 'would refuse' : 'would pass';
+  return `SASA ${compared(gate.p, moved ?? gate.t, fired)} → ${told}`;
 }
 
 function drawBadge(badge, lane) {
@@ -52,7 +61,7 @@ function drawBadge(badge, lane) {
   badge.hidden = !gate;
   if (!gate) return;
   const waiting = gate.p === null;
-  badge.className = 'badge ' + (waiting ? 'pending' : gate.p >= (marks.of(lane.name, 'sasa') ?? gate.t) ? 'fired' : 'passed');
+  badge.className = 'badge ' + (waiting ? 'pending' : reached(gate, marks.of(lane.name, 'sasa')) ? 'fired' : 'passed');
   setText(badge, waiting ? 'SASA judges the prompt …' : badgeText(lane));
 }
 

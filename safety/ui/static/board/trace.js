@@ -61,16 +61,16 @@ function drawTrace(column, lane, view) {
 
 function drawMark(column, lane, mark) {
   const {x, y} = column, px = x(mark.token), injection = mark.type === 'injection';
-  const t = marks.of(lane.name, 'sapt') ?? mark.t, fired = mark.p >= t;
+  const moved = marks.of(lane.name, 'sapt'), fired = reached(mark, moved);
   if (injection) svg('line', {class: 'inject-line', x1: px, x2: px, y1: y(mark.p) + 4, y2: y(0)}, column.marks);
   const node = injection ? svg('path', {class: 'inject', d: `M${px - 6} ${y(0) + 1} h12 l-6 -11 Z`}, column.marks)
     : svg('circle', {class: 'check' + (fired ? ' fired' : ''), cx: px, cy: y(mark.p), r: 4}, column.marks);
-  svg('title', {}, node).textContent = markText(mark, t);
+  svg('title', {}, node).textContent = markText(mark, moved);
 }
 
-function markText(mark, t) {
+function markText(mark, moved) {
   const verb = mark.type === 'injection' ? 'injected its reminder' : 'checked';
-  return `SAPT ${verb}: ${mark.p.toFixed(2)} ${mark.p >= t ? '≥' : '<'} ${t.toFixed(2)}`;
+  return `SAPT ${verb}: ${compared(mark.p, moved ?? mark.t, reached(mark, moved))}`;
 }
 
 const widths = new ResizeObserver(entries => {
