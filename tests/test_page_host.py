@@ -1,15 +1,19 @@
 """What stands behind the page, without a browser: loading in the background, the line, limits, public mode, words."""
 
 import threading
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from page_stand_in import StandInEngine
 
+from safety.artifacts import default_folder
 from safety.engine import Answer, Engine, Event, Step
 from safety.errors import UserError
+from safety.samples import Sample, write_samples
 from safety.settings import Lane, Revision, Sapt, Sasa
-from safety.ui.calibrating import calibration
+from safety.ui.calibrating import calibration, split
 from safety.ui.handlers import Handlers, spec_of
 from safety.ui.host import Choice, Host
 from safety.ui.line import Line, RateLimit
@@ -89,6 +93,46 @@ def test_calibrating_needs_samples_and_can_be_stopped(tmp_path: Any) -> None:
     host.cancel.set()
     thread.join(10)
     assert "was stopped. stand-in is still loaded" in host.status()["message"] and host.version == 1
+
+
+def test_a_calibration_that_is_refused_leaves_the_running_one_stoppable() -> None:
+    host, stopped = Host(engine()), threading.Event()
+
+    def work(engine: Engine, report: Any, cancel: threading.Event) -> Any:
+        if cancel.wait(10):
+            stopped.set()
+        return engine.artifacts
+
+    thread = host.calibrate(work)
+    with pytest.raises(UserError, match="being changed"):
+        host.calibrate(work)
+    host.cancel.set()
+    thread.join(10)
+    assert stopped.is_set()
+
+
+def test_the_held_out_split_has_every_label_and_kind_of_a_sorted_file() -> None:
+    makes: Any = (("unsafe", "typographic", 40), ("unsafe", "text", 10), ("safe", "ordinary", 50))
+    samples = [Sample(f"{kind} {i}", "?", label, "", kind=kind) for label, kind, count in makes for i in range(count)]
+    train, held_out = split(samples)
+    assert Counter(sample.kind for sample in held_out) == {"typographic": 8, "text": 2, "ordinary": 10}
+    assert sorted(train + held_out, key=lambda s: s.id) == sorted(samples, key=lambda s: s.id)
+    assert split(samples) == (train, held_out) != split(samples, seed=1)
+
+
+def test_calibrating_reads_several_sets_into_the_folder_that_is_looked_in(monkeypatch: Any, tmp_path: Any) -> None:
+    for name, label in (("a b", "safe"), ("c", "unsafe")):
+        write_samples([Sample(str(i), "?", label, "") for i in range(10)], tmp_path / f"{name}.jsonl")  # type: ignore[arg-type]
+    seen: list[Any] = []
+    monkeypatch.setattr("safety.calibrate.calibrate", lambda *arguments, **_: seen.extend(arguments))
+    model: Any = SimpleNamespace(lvlm=SimpleNamespace(name="llava-hf/llava-1.5-7b-hf"))
+    specs = f"'{tmp_path}/a b.jsonl'\n{tmp_path}/c.jsonl"
+    calibration(specs)(model, lambda *_: None, threading.Event())
+    lvlm, train, held_out, folder, _ = seen
+    assert folder == default_folder(lvlm) and folder.parts[-2:] == ("llava-1.5-7b-hf", "defenses")
+    assert (len(train), len(held_out)) == (16, 4) and len({sample.id for sample in train + held_out}) == 20
+    with pytest.raises(UserError, match="quote"):
+        calibration("'a b.jsonl")
 
 
 def test_the_line_serves_in_order_and_is_bounded() -> None:

@@ -134,20 +134,22 @@ class Host:
     def calibrate(self, work: Calibration) -> threading.Thread:
         """Calibrate the loaded model in the background; `work(engine, report, cancel)` returns its new Artifacts."""
         engine = self.ready()
-        self.cancel = threading.Event()
+        cancel = threading.Event()
 
         def run() -> None:
-            artifacts = work(engine, self._step, self.cancel)
+            artifacts = work(engine, self._step, cancel)
             self.engine = Engine(engine.lvlm, artifacts)
             if isinstance(self._load, Loader):
                 self._load.adopt(self.engine)
             self.version += 1
 
-        return self._start("Calibrating", run)
+        return self._start("Calibrating", run, cancel)
 
-    def _start(self, name: str, work: Callable[[], None]) -> threading.Thread:
+    def _start(self, name: str, work: Callable[[], None], cancel: threading.Event | None = None) -> threading.Thread:
         if not self._work.acquire(blocking=False):
             raise UserError(BUSY)
+        if cancel is not None:  # not before: a second calibration that is refused must leave the first one stoppable
+            self.cancel = cancel
         self._name, self._message, self._failed, self._fraction = name, f"{name} …", False, None
         thread = threading.Thread(target=self._guarded, args=(work,), name="host", daemon=True)
         thread.start()
