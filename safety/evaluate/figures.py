@@ -18,9 +18,9 @@ Summary = Mapping[str, Any]
 def figures(summary: Summary) -> list[tuple[str, str]]:
     """(caption, SVG) of every figure that the summary has numbers for."""
     made = [
-        ("Attack success by suite, with 95 % intervals (Wilson). Lower is safer.",
+        ("Attack success by suite, with 95 % intervals. Lower is safer.",
          _by_suite(summary, "attack_success", "attack success")),
-        ("Over-refusal by suite, with 95 % intervals (Wilson). Lower is more helpful.",
+        ("Over-refusal by suite, with 95 % intervals. Lower is more helpful.",
          _by_suite(summary, "over_refusal", "over-refusal")),
         ("Safety against helpfulness: the lower left corner is best. The line moves SASA's threshold.",
          _pareto(summary, "benign requests", "over_refusal", "over-refusal of benign requests")),

@@ -20,19 +20,30 @@ JUDGED = ("attack_success", "on_topic", "over_refusal", "refusal")
 
 
 def percent(row: Mapping[str, Any] | None) -> str:
-    """A rate with its interval for people: "17/24, 71 % (51–85)"; a dash where there is none."""
+    """A rate with its interval for people: "17/24, 71 % (51–85)", "80/90 (40 requests), 89 % (78–95)" where requests
+    repeat; a dash where there is none."""
     if row is None or row["rate"] is None or not row["n"]:
         return "–"
-    count = f"{row['hits']}/{row['n']}, " if row["hits"] is not None else f"n = {row['n']}, "
-    return f"{count}{100 * row['rate']:.0f} % ({100 * row['low']:.0f}–{100 * row['high']:.0f})"
+    count = f"{row['hits']}/{row['n']}" if row["hits"] is not None else f"n = {row['n']}"
+    distinct = f" ({row['requests']} requests)" if row["requests"] < row["n"] else ""
+    return f"{count}{distinct}, {100 * row['rate']:.0f} % ({100 * row['low']:.0f}–{100 * row['high']:.0f})"
 
 
 def quantity(row: Mapping[str, Any]) -> str:
-    """A mean with its interval for people."""
+    """A mean with its interval for people; without one where all comes from one cluster."""
     if row["mean"] is None:
         return "–"
     digits = 0 if row["mean"] >= 10 else 1 if row["mean"] >= 1 else 2
-    return f"{row['mean']:.{digits}f} ({row['low']:.{digits}f}–{row['high']:.{digits}f}), n = {row['n']}"
+    interval = "" if row["low"] is None else f" ({row['low']:.{digits}f}–{row['high']:.{digits}f})"
+    return f"{row['mean']:.{digits}f}{interval}, n = {row['n']}"
+
+
+def reduction(row: Mapping[str, Any] | None) -> str:
+    """A relative reduction with its interval for people: "32 % (19 to 48)"; a dash where there is none."""
+    if row is None or row["reduction"] is None:
+        return "–"
+    interval = "" if row["low"] is None else f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+    return f"{100 * row['reduction']:.0f} %{interval}"
 
 
 def small(p: float) -> str:
@@ -70,16 +81,14 @@ def headline(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     if reduced:
         titles.insert(1, "reduced by")
         for row in rows:
-            found = reduced.get(row[0])
-            row.insert(2, "–" if found is None or found["reduction"] is None else f"{100 * found['reduction']:.0f} % "
-                       f"({100 * found['low']:.0f} to {100 * found['high']:.0f})")
+            row.insert(2, reduction(reduced.get(row[0])))
     return titles, rows
 
 
 def _environment(escape: bool) -> Environment:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=escape,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "quantity": quantity, "small": small,
+    environment.filters |= {"percent": percent, "quantity": quantity, "reduction": reduction, "small": small,
                             "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " ")}
     return environment
 
