@@ -39,7 +39,13 @@ class StandInEngine:
     def __init__(self, words_per_second: float = 30.0, prefill: float = 0.1, words: list[str] | None = None):
         self.delay, self.prefill, self.words = 1 / words_per_second, prefill, words
         self.lvlm = SimpleNamespace(
-            name="stand-in", label="stand-in · scripted", blocks=30, heads=9, width=576, lock=threading.Lock()
+            name="stand-in",
+            label="stand-in · scripted",
+            blocks=30,
+            heads=9,
+            width=576,
+            markers=["<image>"],
+            lock=threading.Lock(),
         )
         self.artifacts = SimpleNamespace(
             sasa=SimpleNamespace(pairs=[(12, 14), (13, 15), (16, 20)]),

@@ -181,6 +181,7 @@ def test_an_empty_prompt_gets_a_sentence(page: Any) -> None:
     page.click("#run")
     page.wait_for_selector(".notice:visible")
     assert "The prompt is empty" in page.locator(".notice").inner_text()
+    assert states(page) == ["empty", "empty"]
     ask(page, "Hello?")
     wait_for_end(page)
     assert not page.is_visible(".notice")
@@ -227,6 +228,9 @@ def test_bad_files_get_a_sentence_and_the_next_run_works(page: Any, engine: Stan
         assert words in page.locator(".notice").inner_text()
         page.wait_for_selector("#image img", state="detached")
     assert page.input_value("#prompt textarea") == "What is this?"
+    start(page)
+    page.wait_for_function("() => document.querySelector('.notice').textContent.includes('This run has no picture')")
+    wait_for_end(page)
     page.set_input_files("#image input[type=file]", tmp_path / "whole.jpg")
     page.wait_for_selector("#image img")
     page.wait_for_selector(".notice", state="hidden")

@@ -1,23 +1,26 @@
 """What stands behind the page, without a browser: loading in the background, the line, limits, public mode, words."""
 
 import threading
+import time
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from page_stand_in import StandInEngine
+from PIL import Image
 
 from safety.artifacts import default_folder
 from safety.engine import Answer, Engine, Event, Step
 from safety.errors import UserError
 from safety.samples import Sample, write_samples
 from safety.settings import Lane, Revision, Sapt, Sasa
+from safety.ui import handlers as handlers_module
 from safety.ui.calibrating import calibration, split
 from safety.ui.handlers import Handlers, spec_of
-from safety.ui.host import Choice, Host
+from safety.ui.host import Choice, Host, Loader
 from safety.ui.line import Line, RateLimit
-from safety.ui.live import LiveRun
+from safety.ui.live import BUG, LiveRun
 from safety.ui.mode import PRIVATE, PUBLIC, Mode, mode_of, visitor
 from safety.ui.story import explanations
 from safety.ui.top import measured, top_view
@@ -184,10 +187,12 @@ class Request:
         self.client = type("Client", (), {"host": host})()
 
 
-def outcome(handlers: Handlers, prompt: str, form: Any = None, request: Request | None = None) -> tuple[Any, str]:
+def outcome(
+    handlers: Handlers, prompt: str, form: Any = None, request: Request | None = None, path: str | None = None
+) -> tuple[Any, str]:
     """(last view or None, message) of a run."""
     form = form or spec_of(handlers.host)["start"]
-    updates = list(handlers.run(request or Request(), None, prompt, form))  # type: ignore[arg-type]
+    updates = list(handlers.run(request or Request(), path, prompt, form))  # type: ignore[arg-type]
     views = [view for view, _, _ in updates if isinstance(view, dict) and "lanes" in view]
     messages = [message for _, message, _ in updates if isinstance(message, str) and message]
     return (views[-1] if views else None), " ".join(messages)
@@ -204,6 +209,72 @@ def test_public_mode_limits_prompts_lengths_and_runs() -> None:
     assert "wait" in outcome(handlers, "Hello?")[1]
     assert outcome(handlers, "Hello?", request=Request("other", "8.8.8.8"))[1] == ""
     assert handlers.counts == {"refused": 3, "runs": 3}
+
+
+def test_a_prompt_that_cannot_be_asked_leaves_the_columns_alone() -> None:
+    handlers = Handlers(Host(engine()))
+    for prompt, words in ((" ", "prompt is empty"), ("What is <image>?", "control marker"), ("x" * 9000, "characters")):
+        view, message = outcome(handlers, prompt)
+        assert view is None and words in message
+
+
+def test_the_rate_limit_comes_before_the_picture_and_a_full_line_costs_no_run(tmp_path: Any, monkeypatch: Any) -> None:
+    opened: list[str] = []
+    real = handlers_module.open_image
+    monkeypatch.setattr(handlers_module, "open_image", lambda path: opened.append(path) or real(path))
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (30, 20)).save(picture)
+    host = Host(engine(), Mode(True, 64, 40, runs=1, seconds=60, places=1))
+    handlers, place = Handlers(host), host.line.join()
+    assert "waiting already" in outcome(handlers, "Hello?", path=str(picture))[1]
+    place.leave()
+    assert outcome(handlers, "Hello?", path=str(picture))[1] == ""
+    assert len(opened) == 2
+    assert "wait" in outcome(handlers, "Hello?", path=str(picture))[1] and len(opened) == 2
+
+
+def test_few_pictures_are_decoded_at_once(monkeypatch: Any) -> None:
+    handlers, go = Handlers(Host(engine())), threading.Event()
+    inside: list[int] = []
+    monkeypatch.setattr(handlers_module, "open_image", lambda path: inside.append(1) or go.wait(10))
+    threads = [threading.Thread(target=handlers.check_image, args=(Request(str(i)), "x.png")) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    assert len(inside) == handlers_module.DECODERS
+    go.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(inside) == 5
+
+
+def test_a_run_after_a_picture_that_was_refused_says_that_it_has_none(tmp_path: Any) -> None:
+    handlers, broken = Handlers(Host(engine())), tmp_path / "notes.png"
+    broken.write_text("this is not a picture")
+    assert "could not be read" in handlers.check_image(Request(), str(broken))[1]  # type: ignore[arg-type]
+    assert "This run has no picture" in outcome(handlers, "What is this?")[1]
+    assert outcome(handlers, "What is this?")[1] == ""  # once is enough
+    handlers.check_image(Request(), str(broken))  # type: ignore[arg-type]
+    handlers.fill(Request(), type("Event", (), {"_data": {"index": 5}})())  # type: ignore[arg-type]
+    assert outcome(handlers, "What is this?")[1] == ""  # an example took its place
+
+
+def test_folders_are_read_once_per_model(monkeypatch: Any) -> None:
+    host, looks = Host(engine(), load=Loader()), []
+    monkeypatch.setattr(Loader, "folders", lambda self: looks.append(1) or [["/a", "a"]])
+    assert top_view(host)["folders"] == top_view(host)["folders"] == [["/a", "a"]] and len(looks) == 1
+    host.version += 1
+    top_view(host)
+    assert len(looks) == 2
+
+
+def test_a_bug_after_a_reveal_on_a_public_page_is_logged_without_its_message(caplog: Any) -> None:
+    stand_in: Any = engine()
+    stand_in.fail = ZeroDivisionError("what the visitor wrote")
+    run = LiveRun(Host(stand_in, PUBLIC), [Lane("x")], {}, prompt="Hello?", image=None, max_new_tokens=8)
+    run.cover = False
+    assert list(run)[-1][1] == BUG
+    assert "ZeroDivisionError" in caplog.text and "visitor wrote" not in caplog.text
 
 
 def test_public_mode_covers_what_passes_the_alarm_until_it_is_revealed() -> None:

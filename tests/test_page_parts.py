@@ -174,6 +174,7 @@ def test_a_view_is_plain_data_and_fresh_each_time() -> None:
 
 def test_badge_and_chips() -> None:
     assert view(answer([0.1]), Lane("x", Sasa(1, 2)), "waiting")["lanes"][0]["badge"]["p"] is None
+    assert view(answer([0.1]), Lane("x", Sasa(1, 2)), "error")["lanes"][0]["badge"] is None  # it was never judged
     assert view(answer([0.1]), Lane("x", Sasa(1, 2, mode="project")))["lanes"][0]["badge"] is None
     assert view(answer([0.1]), Lane("x", revision=Revision(3)))["lanes"][0]["badge"] is None
     assert [chip["key"] for chip in chips(Lane("x", Sasa(1, 2), Revision(3), Sapt()))] == ["sasa", "revision", "sapt"]

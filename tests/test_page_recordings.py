@@ -66,7 +66,8 @@ def test_the_handler_plays_the_columns_that_are_set_up(made: dict[str, Any]) -> 
     request: Any = type("Request", (), {"session_hash": "s"})()
     event: Any = type("Event", (), {"_data": {"index": 0}})()
     form = spec_of(Host(StandInEngine()))["start"]  # type: ignore[arg-type]
-    image, prompt, view, notice = handlers.replay(request, event, form)
+    image, prompt, view, notice, stop = handlers.replay(request, event, form)
+    assert not stop.interactive  # whatever ran before has been ended
     assert Path(image).name == "attack.png" and prompt == ATTACK.prompt and notice == "" and len(view["lanes"]) == 2
     assert len(handlers.replay(request, event, form | {"lanes": form["lanes"] * 2})[2]["lanes"]) == 5
     event._data["index"] = 1

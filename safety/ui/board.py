@@ -114,7 +114,7 @@ def _lane_view(
             for i, pairs in enumerate(answer.alternatives)
         ],
         marks=[_mark(event) for event in answer.events if event.type in ("check", "injection")],
-        badge=_badge(lane, answer),
+        badge=_badge(lane, answer, state),
         covered=hidden if hidden < count else None,
         summary=answer.summary() if state in ENDED and count else "",
         speed=_speed(answer) if count else "",
@@ -183,11 +183,13 @@ def _mark(event: Event) -> View:
     }
 
 
-def _badge(lane: Lane, answer: Answer) -> View | None:
+def _badge(lane: Lane, answer: Answer, state: str) -> View | None:
     if lane.sasa is None or lane.sasa.mode == "project":
         return None
     gate = next((event for event in answer.events if event.type == "gate"), None)
     if gate is None:
+        if state in ("stopped", "error", "memory"):
+            return None  # it was never judged
         return {"p": None, "t": lane.sasa.threshold, "fired": False}
     return {"p": round(gate.probability, DIGITS), "t": gate.threshold, "fired": gate.fired}
 

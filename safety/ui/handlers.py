@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, fields
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from safety.engine import Engine
-from safety.inputs import open_image
+from safety.errors import UserError
+from safety.inputs import check_prompt, open_image
 from safety.ui.calibrating import calibration
 from safety.ui.host import Choice, Host
 from safety.ui.knobs import knobs_of, lanes_of, length_of, sampling_of
-from safety.ui.live import LiveRun, Runs, guarded
+from safety.ui.live import REMEMBERED, LiveRun, Runs, guarded
 from safety.ui.mode import visitor
 from safety.ui.presets import PRESETS, Preset, preset_of
 from safety.ui.recordings import LAYOUTS, Playback, recorded
@@ -24,7 +27,9 @@ from safety.ui.top import top_view
 
 log = logging.getLogger(__name__)
 POLL = 0.2  # seconds between two looks at a model that is being loaded
+DECODERS = 2  # pictures that are decoded at once: a large one takes gigabytes for a moment
 BROKEN_LINK = "The link's settings could not be read, so the page starts with the usual ones."
+NO_PICTURE = "This run has no picture."
 
 
 def spec_of(host: Host) -> dict[str, Any]:
@@ -51,6 +56,8 @@ class Handlers:
         self.host = host
         self.runs = Runs()
         self.counts: Counter[str] = Counter()
+        self._decoding = threading.Semaphore(DECODERS)
+        self._rejected: dict[str, str] = {}  # session: what was wrong with the picture that was taken out of the form
 
     def run(self, request: gr.Request, path: str | None, words: str, form: Any) -> Iterator[Any]:
         """Run the form's lanes; yields updates of (board, notice, Stop button)."""
@@ -62,10 +69,11 @@ class Handlers:
             yield gr.skip(), message, gr.skip()
             return
         session = request.session_hash or ""
+        rejected = self._rejected.pop(session, None)
         self.runs.start(session, run)
         updates = iter(run)
         view, message = next(updates)
-        yield view, "", gr.Button(interactive=True)
+        yield view, f"{rejected} {NO_PICTURE}" if rejected and path is None else "", gr.Button(interactive=True)
         for view, message in updates:
             if self.runs.current(session, run):
                 yield view, message or gr.skip(), gr.skip()
@@ -76,14 +84,18 @@ class Handlers:
         """Check everything that can be checked before the model; raises UserError."""
         host = self.host
         engine, lanes = host.ready(), lanes_of(form, host.ready())
+        check_prompt(words, engine.lvlm.markers)
         sampling, length = sampling_of(form), length_of(form)
         preset = preset_of(path, words)
         if preset is None:
             host.mode.check_prompt(words)
         host.mode.check_length(length)
-        image = None if path is None else open_image(path)
         for lane in lanes:
             engine.artifacts.check(lane, engine.lvlm.blocks)
+        who = visitor(request.headers, request.client.host if request.client else None)
+        if host.rate is not None:
+            host.rate.take(who)  # before the picture, which costs the most of what is left
+        image = None if path is None else self._open(path)
         about = {
             "model": engine.lvlm.label,
             "prompt": words,
@@ -95,9 +107,16 @@ class Handlers:
             "harmful": None if preset is None else preset.harmful,
             "layer_auroc": layer_auroc(engine),
         }
-        if host.rate is not None:
-            host.rate.take(visitor(request.headers, request.client.host if request.client else None))
-        return LiveRun(host, lanes, about, prompt=words, image=image, max_new_tokens=length, sampling=sampling)
+        try:
+            return LiveRun(host, lanes, about, prompt=words, image=image, max_new_tokens=length, sampling=sampling)
+        except UserError:  # the line is full, which is not the visitor's doing
+            if host.rate is not None:
+                host.rate.give_back(who)
+            raise
+
+    def _open(self, path: str) -> Image.Image:
+        with self._decoding:
+            return open_image(path)
 
     def _count(self, what: str) -> None:
         """Nothing else is kept of a visit to a public page."""
@@ -113,28 +132,31 @@ class Handlers:
     def leave(self, request: gr.Request) -> None:
         """The visitor closed or reloaded the tab: nobody waits for the run any more."""
         self.runs.leave(request.session_hash or "")
+        self._rejected.pop(request.session_hash or "", None)
 
     def reveal(self, request: gr.Request) -> Any:
         """Uncover the visitor's latest run; returns its view."""
         self._count("reveals")
         return self.runs.reveal(request.session_hash or "") or gr.skip()
 
-    def fill(self, event: gr.EventData) -> tuple[str | None, str, str]:
+    def fill(self, request: gr.Request, event: gr.EventData) -> tuple[str | None, str, str]:
         """Put an example into the form; returns (image, prompt, notice)."""
+        self._rejected.pop(request.session_hash or "", None)
         preset = _preset(event)
         return None if preset.image is None else str(preset.image), preset.prompt, ""
 
     def replay(self, request: gr.Request, event: gr.EventData, form: Any) -> tuple[Any, ...]:
-        """Play an example's recording; returns (image, prompt, board, notice)."""
-        image, prompt, _ = self.fill(event)
+        """Play an example's recording; returns (image, prompt, board, notice, Stop button)."""
+        image, prompt, _ = self.fill(request, event)
         preset = _preset(event)
         if not recorded(preset.key):
-            return image, prompt, gr.skip(), "There is no recording of this example."
+            return image, prompt, gr.skip(), "There is no recording of this example.", gr.skip()
         several = isinstance(form, dict) and len(form.get("lanes") or []) > 1
         playback = Playback(preset, LAYOUTS[several], self.host.mode.public)
         self._count("replays")
         self.runs.start(request.session_hash or "", playback)
-        return image, prompt, playback.view(), ""
+        # A run that was going on has just been ended: it is not the visitor's any more, so Stop is switched off here.
+        return image, prompt, playback.view(), "", gr.Button(interactive=False)
 
     def restore(self, event: gr.EventData) -> tuple[Any, Any, str]:
         """Fill in a link's prompt and, if it was an example's, its image; returns (image, prompt, notice)."""
@@ -144,11 +166,20 @@ class Handlers:
         image = str(preset.image) if preset is not None and preset.image is not None else None
         return image, str(event._data.get("prompt", "")), ""
 
-    def check_image(self, path: str | None) -> tuple[Any, str]:
-        """Take a file that cannot be used out of the form again, with the reason; returns (image, notice)."""
+    def check_image(self, request: gr.Request, path: str | None) -> tuple[Any, str]:
+        """Take a file that cannot be used out of the form again, with the reason; returns (image, notice).
+
+        The next run says again that it goes without the picture.
+        """
+        session = request.session_hash or ""
+        self._rejected.pop(session, None)
         if path is None:
             return gr.skip(), ""
-        _, message = guarded(lambda: open_image(path), not self.host.mode.public)
+        _, message = guarded(lambda: self._open(path), not self.host.mode.public)
+        if message:
+            self._rejected[session] = message
+            while len(self._rejected) > REMEMBERED:
+                del self._rejected[next(iter(self._rejected))]
         return (None if message else gr.skip()), message
 
     async def watch(self) -> AsyncIterator[tuple[Any, Any]]:
@@ -158,7 +189,8 @@ class Handlers:
             status = self.host.status()
             if status != shown:
                 shown = status
-                yield top_view(self.host), gr.update(spec=spec_of(self.host))
+                # In a thread: after a change of models it reads whole folders of artifacts.
+                yield await asyncio.to_thread(top_view, self.host), gr.update(spec=spec_of(self.host))
             if status["state"] != "working":
                 return
             await asyncio.sleep(POLL)

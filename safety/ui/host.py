@@ -92,6 +92,7 @@ class Host:
         self._work = threading.Lock()
         self._message, self._name, self._failed = "", "", False
         self._fraction: float | None = None
+        self._folders: tuple[int, list[list[str]]] = (-1, [])  # the version that they were looked up for, and they
 
     def ready(self) -> Engine:
         """The engine. Raises UserError while there is none."""
@@ -120,7 +121,12 @@ class Host:
 
     def folders(self) -> list[list[str]]:
         """[path, name] of each folder of artifacts that fits the loaded model and could be loaded with it."""
-        return self._load.folders() if isinstance(self._load, Loader) else []
+        if not isinstance(self._load, Loader):
+            return []
+        version, found = self._folders
+        if version != self.version:  # every file of every folder is read: not more often than there is another model
+            version, found = self._folders = self.version, self._load.folders()
+        return found
 
     def start(self, choice: Choice) -> threading.Thread:
         """Load another model in the background; `status` tells how it goes. Raises UserError while one is loading."""

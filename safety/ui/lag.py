@@ -40,7 +40,7 @@ class _Metronome:
     def __init__(self, rate: float, tokens: int):
         self.rate, self.tokens = rate, tokens
         self.sent: dict[tuple[int, int], float] = {}
-        self.lvlm = SimpleNamespace(name="metronome", label="metronome", blocks=30, lock=threading.Lock())
+        self.lvlm = SimpleNamespace(name="metronome", label="metronome", blocks=30, markers=[], lock=threading.Lock())
         self.artifacts = SimpleNamespace(
             sasa=None,
             revision=None,

@@ -89,3 +89,12 @@ class RateLimit:
                 raise UserError(f"You have had {self.runs} runs in {self.seconds / 60:g} minutes. This public demo is "
                                 f"shared: please wait {wait} s, or play a recording meanwhile.")  # fmt: skip
             times.append(now)
+
+    def give_back(self, visitor: str) -> None:
+        """Take back the visitor's latest run, which did not come to be."""
+        with self._lock:
+            times = self._times.get(visitor)
+            if times:
+                times.pop()
+            if not times:
+                self._times.pop(visitor, None)

@@ -107,7 +107,7 @@ class LiveRun:
         self.answers = [Answer(lane.name, 0.5 if self.threshold is None else self.threshold) for lane in lanes]
         self.states = ["waiting"] * len(lanes)
         self.name = f"{time.time():.6f}"
-        self.cover = host.mode.public
+        self.cover = self.public = host.mode.public  # `cover` ends when the visitor asks for the text
         self.place = host.line.join()
         self.steps: queue.Queue[Step | Exception | None] = queue.Queue()
 
@@ -176,7 +176,7 @@ class LiveRun:
         if _out_of_memory(error):
             log.warning("A run was out of memory")
             return MEMORY
-        log_bug("A run failed", error, private=not self.cover)
+        log_bug("A run failed", error, private=not self.public)
         return BUG
 
     def view(self) -> View:

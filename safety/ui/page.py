@@ -8,7 +8,7 @@ from safety.engine import Engine
 from safety.ui import story, text
 from safety.ui.board import STATIC, board
 from safety.ui.cards import cards
-from safety.ui.handlers import Handlers, spec_of
+from safety.ui.handlers import DECODERS, Handlers, spec_of
 from safety.ui.host import Host
 from safety.ui.top import top
 
@@ -102,11 +102,12 @@ def build_page(model: Host | Engine) -> gr.Blocks:
         examples.play(handlers.fill, None, [image, prompt, notice], **at_once).success(
             handlers.run, inputs, outputs, **live
         )
-        examples.replay(handlers.replay, editor, [image, prompt, answers, notice], **at_once)
+        examples.replay(handlers.replay, editor, [image, prompt, answers, notice, stop], **at_once)
         editor.restore(handlers.restore, None, [image, prompt, notice], **at_once)
         answers.reveal(handlers.reveal, None, answers, **at_once)
         stop.click(handlers.stop, None, None, **at_once)
-        image.upload(handlers.check_image, image, [image, notice], **at_once)
+        pictures: dict[str, Any] = quiet | {"concurrency_limit": DECODERS}
+        image.upload(handlers.check_image, image, [image, notice], **pictures)
         page.load(handlers.watch, None, [head, editor], **wait)
         if not host.mode.public:
             head.switch(handlers.switch, None, notice, **at_once).then(handlers.watch, None, [head, editor], **wait)
