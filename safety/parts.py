@@ -1,7 +1,7 @@
 """The parts of a model's artifacts: what each defense needs, checked against the model when it is read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from safety.detector import Probe
 from safety.errors import UserError
 from safety.lvlm import LVLM
+from safety.settings import Sasa
 
 Tensors = Mapping[str, Tensor]
 
@@ -17,19 +18,29 @@ Tensors = Mapping[str, Tensor]
 @dataclass
 class SasaArtifact:
     """probes: {(safety block, fused block): probe on the projected stream's first-token logits [vocabulary]};
-    clean: the same on the clean stream's logits (mode "probe")."""
+    clean: the same on the clean stream's logits (mode "probe"); thresholds: the calibrated one of each way to judge,
+    {"20-22": …, "clean": …, "per-input": …}, since probabilities of different probes are not alike."""
 
     probes: dict[tuple[int, int], Probe]
     clean: Probe
+    thresholds: dict[str, float] = field(default_factory=dict)
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """The (safety, fused) blocks that can be chosen: those with a probe."""
         return sorted(self.probes)
 
+    def threshold(self, settings: Sasa) -> float:
+        """The calibrated threshold of the settings' way to judge; their own where none was calibrated."""
+        pair = f"{settings.safety_layer}-{settings.fused_layer}"
+        way = "clean" if settings.mode == "probe" else "per-input" if settings.choice == "per-input" else pair
+        return self.thresholds.get(way, settings.threshold)
+
     def tensors(self) -> dict[str, Tensor]:
         """What is stored."""
-        return _probe_tensors({f"{s}-{f}": probe for (s, f), probe in self.probes.items()} | {"clean": self.clean})
+        return {**_probe_tensors({f"{s}-{f}": probe for (s, f), probe in self.probes.items()} | {"clean": self.clean}),
+                **{f"{way}.threshold": torch.tensor([value], dtype=torch.float64)
+                   for way, value in self.thresholds.items()}}
 
     @classmethod
     def read(cls, tensors: Tensors, lvlm: LVLM) -> "SasaArtifact":
@@ -37,7 +48,10 @@ class SasaArtifact:
         names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
         probes = {name: _read_probe(tensors, name, lvlm.vocabulary, lvlm.device) for name in names}
         clean = probes.pop("clean")
-        return cls({(int(name.split("-")[0]), int(name.split("-")[1])): probe for name, probe in probes.items()}, clean)
+        thresholds = {name.removesuffix(".threshold"): value.item() for name, value in tensors.items()
+                      if name.endswith(".threshold")}
+        return cls({(int(name.split("-")[0]), int(name.split("-")[1])): probe for name, probe in probes.items()}, clean,
+                   thresholds)
 
 
 @dataclass

@@ -5,9 +5,11 @@
 
 `label` says whether the *request* is "safe" or "unsafe". `request` is what is really asked, where the prompt alone does
 not say it (a harmless carrier prompt under a typographic picture); it is the prompt where absent. `image` (relative to
-the file), `response` (an answer to learn from), `kind` and `expected` (words of a right answer) are optional.
+the file), `response` (an answer to learn from; empty: only the request is learned from), `kind` and `expected` (words
+of a right answer) are optional.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +52,11 @@ class Sample:
     def asked(self) -> str:
         """What is really asked."""
         return self.prompt if self.request is None else self.request
+
+    @property
+    def request_digest(self) -> str:
+        """16 hexadecimal digits of what is asked: tells whether two sets share a request without holding its words."""
+        return hashlib.sha256(self.asked.strip().lower().encode()).hexdigest()[:16]
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -169,6 +169,48 @@ def test_a_misread_attack_is_not_fitted_on(lvlm, samples, calibrated, tmp_path):
     assert found.openly.tolist() == [False, False, True, False]  # "Fill in the list.", and no picture that has one
 
 
+def test_an_unanswered_sample_teaches_probes_of_prompts_alone(lvlm, samples, tmp_path):
+    shown = [replace(sample, response="", id=f"shown {sample.id}") for sample in samples[:8]]
+    given = [*samples[:56], *shown]
+    refusals = [observe.refusal_for(i) if s.unsafe and s.response != "" else None for i, s in enumerate(given)]
+    seen = observe.observe(lvlm, given, refusals, sasa.tried_pairs(lvlm), tmp_path / "samples", 8, Progress())
+    assert [row.has("clean") for row in seen] == [True] * 64 and not any(row.has("cache") for row in seen[56:])
+    found = material.Material(lvlm, given, seen, RECIPE, tmp_path, tmp_path)
+    assert found.openly[56:].all()
+    for marks in (found.complied, found.understood, found.validation):
+        assert not marks[56:].any() and marks[:56].any()
+    probes = [calibrate(lvlm, rows, [], tmp_path / str(len(rows)), tmp_path / "work", ("sasa",),
+                        recipe=replace(RECIPE, answer_tokens=8)).about["sasa"]["streams"]["clean"]
+              for rows in (given[:56], given)]
+    assert probes[1]["fitted_on"] == probes[0]["fitted_on"] + 8
+    assert probes[1]["validated_on"] == probes[0]["validated_on"]
+    whole = calibrate(lvlm, given, [], tmp_path / "whole", tmp_path / "work", recipe=replace(RECIPE, answer_tokens=8))
+    assert whole.sapt is not None and whole.about["trace"]["fitted_on_answers"] == 44
+    assert whole.about["sample_digests"] == sorted({sample.request_digest for sample in given})
+
+
+def test_samples_that_all_have_pictures_are_enough(lvlm, samples, tmp_path):
+    pictures = [sample for sample in samples if sample.image]
+    pictures = [replace(sample, id=f"{sample.id} {turn}", prompt=f"{sample.prompt} {turn}")
+                for turn in range(4) for sample in pictures]
+    made = calibrate(lvlm, pictures, [], tmp_path / "out", tmp_path / "work", ("sasa",), recipe=RECIPE)
+    again = load_artifacts(lvlm, tmp_path / "out").sasa
+    way = made.settings.sasa
+    assert again.thresholds == made.sasa.thresholds and set(again.thresholds) > {"clean", "per-input"}
+    streams = made.about["sasa"]["streams"]
+    assert again.threshold(way) == way.threshold == streams[f"{way.safety_layer}-{way.fused_layer}"]["threshold"]
+    assert again.threshold(replace(way, mode="probe")) == streams["clean"]["threshold"]
+    assert again.threshold(replace(way, choice="per-input")) == made.about["sasa"]["per_input"]["threshold"]
+
+
+def test_the_closing_trial_is_not_taken_over_from_other_samples(lvlm, samples, calibrated, tmp_path):
+    other = [replace(sample, prompt=f"{sample.prompt} again") for sample in samples[56:]]
+    first = calibrate(lvlm, samples[:56], samples[56:], tmp_path / "out", calibrated[2], recipe=RECIPE)
+    files = set(calibrated[2].rglob("trial-*.json"))
+    calibrate(lvlm, samples[:56], other, tmp_path / "out", calibrated[2], recipe=RECIPE)
+    assert first.about["held_out"] and len(set(calibrated[2].rglob("trial-*.json")) - files) == 1
+
+
 def test_the_command(lvlm, samples, calibrated, tmp_path, capsys, monkeypatch):
     write_samples(samples[:56], tmp_path / "samples.jsonl")
     write_samples(samples[56:], tmp_path / "held-out.jsonl")

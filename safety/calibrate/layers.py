@@ -26,12 +26,13 @@ def head_importance(lvlm: LVLM, prompts: Sequence[str], tick: Callable[[], None]
         prompts: text queries. tick: called after each block, for progress.
     """
     batch = _left_padded(lvlm, prompts)
-    inputs, whole = _clean_pass(lvlm, batch)
+    with lvlm.lock:
+        inputs, whole = _clean_pass(lvlm, batch)
     angles = torch.zeros(lvlm.blocks, lvlm.heads)
     for block in range(lvlm.blocks):
         for head in range(lvlm.heads):
-            with hooks() as add:
-                add(_queries(lvlm, block).register_forward_hook(_zero_head(lvlm, head)))
+            with lvlm.lock, hooks() as add:
+                add(lvlm.query_projection(block).register_forward_hook(_zero_head(lvlm, head)))
                 changed = _leading_vector(_from_block(lvlm, inputs, block))
             angles[block, head] = torch.rad2deg(torch.arccos((changed @ whole).abs().clamp(max=1)))
         tick()
@@ -83,10 +84,6 @@ def draw_curves(path: Path, safety: Tensor, separable: Tensor, chosen: tuple[int
                 axis.axvline(block, color="#B34700", linestyle=style, linewidth=1, label=f"{name} = {block} ({whose})")
     upper.legend(fontsize=7, ncols=4, loc="upper center")
     figure.savefig(path, dpi=120)
-
-
-def _queries(lvlm: LVLM, block: int) -> Any:
-    return lvlm.layers[block].self_attn.q_proj
 
 
 def _zero_head(lvlm: LVLM, head: int) -> Callable[..., Tensor]:

@@ -53,7 +53,7 @@ class Observed:
         "prompt.layers" [blocks, width] and "prompt.heads" [blocks, heads, head_dim]: at the last prompt position;
         "answer.…" and "refusal.…": the same, mean of the first tokens; "clean" and "s-f" [width]: post-norm, at the
         last prompt position, of the clean and the projected streams; "states" [m, width]: post-norm, those from which
-        the m answer tokens were chosen; "cache" [2 * blocks, kv_heads, length + m, head_dim].
+        the m answer tokens were chosen; "cache" [2 * blocks, kv_heads, length + m, head_dim], not of unanswered ones.
         """
         with safetensors.safe_open(self.path, "pt") as file:
             return file.get_tensor(name)
@@ -118,9 +118,9 @@ def observe(lvlm: LVLM, samples: Sequence[Sample], refusals: Sequence[str | None
             with lvlm.lock:
                 seen = list(_observe_batch(lvlm, part, samples, refusals, pairs, tokens)) if part else []
             for number, tensors, meta in seen:
-                size = tensors["cache"].numel() * tensors["cache"].element_size()
+                size = tensors["cache"].nbytes if "cache" in tensors else 0
                 if spent + size > CACHE_BYTES:
-                    del tensors["cache"]
+                    tensors.pop("cache", None)
                 spent += size
                 save_whole(tensors, paths[number], meta)
             for _ in left & set(batch):
@@ -161,7 +161,8 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
         if not ids:
             trunk.cache.crop(-1)
         tensors |= {"answer.layers": read["layers"], "answer.heads": read["heads"], "states": read["states"]}
-        tensors["cache"] = pack(trunk.cache, _small(lvlm)).cpu()
+        if response != "":
+            tensors["cache"] = pack(trunk.cache, _small(lvlm)).cpu()
         meta = {"answer": response if response is not None else lvlm.text(ids), "ids": json.dumps(ids),
                 "length": str(trunk.length), "offset": str(trunk.offset)}
         yield number, tensors, meta

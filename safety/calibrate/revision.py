@@ -7,6 +7,7 @@ Constructions (arXiv 2501.16378), always safe minus unsafe:
 """
 
 import json
+import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -86,13 +87,14 @@ def _text_sides(material: Material, numbers: list[int]) -> tuple[Side, Side]:
             seen, request = material.observed[index], material.samples[index].asked
             paths.append(folder / f"{seen.path.stem}-{digest(request)}.safetensors")
             if not paths[-1].exists():
-                trunk = lvlm.prefill(lvlm.prepare(request, None, len(seen.ids)), set())
                 tensors: dict[str, Tensor] = {}
                 refusal = lvlm.tokenizer(refusal_for(index), add_special_tokens=False)["input_ids"]
-                for side, ids in (("refusal", refusal), ("answer", seen.ids)):
-                    read = reading(lvlm, trunk, ids)
-                    tensors |= {f"{side}.layers": read["layers"], f"{side}.heads": read["heads"]}
-                    trunk.cache.crop(-len(ids))
+                with lvlm.lock:
+                    trunk = lvlm.prefill(lvlm.prepare(request, None, len(seen.ids)), set())
+                    for side, ids in (("refusal", refusal), ("answer", seen.ids)):
+                        read = reading(lvlm, trunk, ids)
+                        tensors |= {f"{side}.layers": read["layers"], f"{side}.heads": read["heads"]}
+                        trunk.cache.crop(-len(ids))
                 save_whole(tensors, paths[-1])
             tick()
 
@@ -160,7 +162,9 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
                                                              for answer in texts[:len(harmful)]])), 4),
                              "benign_refused": round(float(np.mean(refused[len(harmful):])), 4),
                              "lost": round(float(helped_before - helped), 4)})
-            path.write_text(json.dumps(made))
+            draft = path.with_suffix(f".{os.getpid()}.part")  # a killed run leaves no half file under the final name
+            draft.write_text(json.dumps(made))
+            draft.replace(path)
             rows += made
     return rows
 

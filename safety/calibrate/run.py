@@ -6,6 +6,7 @@ samples, recipe). A start after a kill, at any point, takes up what holds and do
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import sys
@@ -21,11 +22,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from safety.artifacts import SHIPPED, Artifacts, load_artifacts, save_artifacts
+from safety.artifacts import Artifacts, default_folder, load_artifacts, save_artifacts
 from safety.benchmarks import read
 from safety.calibrate import revision, sapt, sasa, trace, trial
 from safety.calibrate.material import PARTS, Material, Recipe
-from safety.calibrate.observe import digest, model_key, observe, refusal_for
+from safety.calibrate.observe import digest, model_key, observe, refusal_for, sample_key
 from safety.calibrate.progress import Progress, Report
 from safety.calibrate.samples import miniature_samples
 from safety.engine import Engine
@@ -61,7 +62,8 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
                         "a few hundred are better.")
     progress = Progress(report, cancel)
     work = work / model_key(lvlm)
-    refusals = [refusal_for(index) if sample.unsafe else None for index, sample in enumerate(samples)]
+    refusals = [refusal_for(index) if sample.unsafe and sample.response != "" else None
+                for index, sample in enumerate(samples)]
     observed = observe(lvlm, samples, refusals, sasa.tried_pairs(lvlm), work / "samples", recipe.answer_tokens,
                        progress)
     material = Material(lvlm, samples, observed, recipe, work, out, progress)
@@ -72,7 +74,8 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
     about = artifacts.about
     if command:
         about["command"] = command
-    about |= {"samples": _census(material), "recipe": asdict(recipe),
+    about |= {"samples": _census(material), "sample_digests": sorted({sample.request_digest for sample in samples}),
+              "recipe": asdict(recipe),
               "seconds": about.get("seconds", {}) | progress.seconds,
               "date": datetime.now(UTC).date().isoformat(), "number_format": lvlm.label,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -116,18 +119,19 @@ def _try_lanes(engine: Engine, samples: Sequence[Sample], recipe: Recipe, out: P
     """Refusals of each shipped lane on samples that calibration has not seen; every batch is kept when it is done."""
     lanes = engine.artifacts.standard_lanes("none,sasa,revision,sapt,all")
     config = json.loads((out / "config.json").read_text())
-    path = work / f"trial-{digest(config['files'], config['settings'], recipe.answer_tokens)}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    known = {row["id"]: row["answers"] for row in map(json.loads, lines)}
+    depends_on = config["files"], config["settings"], recipe.answer_tokens, [sample_key(sample) for sample in samples]
+    path = work / f"trial-{digest(*depends_on)}.json"
+    known: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
     missing = [sample for sample in samples if sample.id not in known]
     with progress.stage("held-out trial", len(samples), len(samples) - len(missing)) as tick:
         for start in range(0, len(missing), trial.BATCH):
             part = missing[start:start + trial.BATCH]
             rows = trial.answer_all(engine, part, lanes, recipe.answer_tokens, tick=tick)
-            with path.open("a") as file:
-                for sample, answers in zip(part, rows, strict=True):
-                    known[sample.id] = [answer.text for answer in answers]
-                    file.write(json.dumps({"id": sample.id, "answers": known[sample.id]}) + "\n")
+            known |= {sample.id: [answer.text for answer in answers]
+                      for sample, answers in zip(part, rows, strict=True)}
+            draft = path.with_suffix(f".{os.getpid()}.part")  # a killed run leaves a whole file
+            draft.write_text(json.dumps(known))
+            draft.replace(path)
     return {lane.name: trial.tally(samples, [known[sample.id][number] for sample in samples])
             for number, lane in enumerate(lanes)}
 
@@ -163,12 +167,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     """The command: read samples, calibrate with progress bars, and print what came of it."""
-    out = arguments.out or SHIPPED / lvlm.name.rstrip("/").rpartition("/")[2] / "defenses"
+    out = arguments.out or default_folder(lvlm)
     parts = [part for part in PARTS if getattr(arguments, part)] or list(PARTS)
     if not 0 < arguments.false_alarms < 1:
         raise UserError(f"--false-alarms must lie between 0 and 1, but it is {arguments.false_alarms:g}.")
-    if min(arguments.soft_tokens, arguments.soft_steps, arguments.interval, arguments.answer_tokens) < 1:
-        raise UserError("--soft-tokens, --soft-steps, --interval and --answer-tokens must be at least 1.")
+    for flag in ("soft_tokens", "soft_steps", "interval", "answer_tokens", "per_kind", "per_scenario", "limit"):
+        if (value := getattr(arguments, flag)) is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, but it is {value}.")
     recipe = Recipe(arguments.answer_tokens, arguments.false_alarms, arguments.per_scenario, arguments.construction,
                     detector=arguments.detector, interval=arguments.interval, seed=arguments.seed)
     recipe = replace(recipe, soft=replace(recipe.soft, length=arguments.soft_tokens, steps=arguments.soft_steps,

@@ -69,8 +69,9 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
 
 
 def _lesson(material: Material, index: int) -> Lesson | None:
-    """What a sample teaches. Where the undefended model already refuses a harmful request there is nothing to learn."""
-    if material.unsafe[index] and not material.complied[index]:
+    """What a sample teaches. Where there is no answer, or the undefended model already refuses a harmful request, there
+    is nothing to learn."""
+    if not material.answered[index] or (material.unsafe[index] and not material.complied[index]):
         return None
     seen = material.observed[index]
     refusal, end = None, sorted(material.lvlm.eos_ids)[:1]
@@ -87,10 +88,11 @@ def _cache_of(material: Material, index: int) -> Callable[[], Tensor]:
     seen, sample = material.observed[index], material.samples[index]
 
     def compute() -> Tensor:
-        lvlm = material.lvlm
+        lvlm = material.lvlm  # its lock is held by whoever asks for the lesson's cache
         inputs = lvlm.prepare(sample.prompt, open_image(sample.image) if sample.image else None, len(seen.ids))
         trunk = lvlm.prefill(inputs, set())
-        reading(lvlm, trunk, seen.ids)
+        if seen.ids:
+            reading(lvlm, trunk, seen.ids)
         return pack(trunk.cache)
     return (lambda: seen.tensor("cache")) if seen.has("cache") else compute
 
@@ -106,7 +108,7 @@ def _train(material: Material, lessons: list[Lesson], held_out: list[Lesson], sa
         path.with_suffix(".part").replace(path)
     done = len(state["progress"]["curve"]) if state else 0
     stage = material.progress.stage("training the soft prompt", material.recipe.soft.steps, done)
-    with stage as tick, material.lvlm.lock:
+    with stage as tick:
         return soft_prompt.train(material.lvlm, _trainable(material.lvlm), lessons, held_out, material.recipe.soft,
                                  lambda step, steps: tick(), state, save)
 
@@ -154,11 +156,12 @@ def _frozen(material: Material, soft: Tensor) -> Probe | None:
     for index in chosen:
         seen = material.observed[index]
         lessons.append(Lesson([], None, seen.length, seen.offset, _cache_of(material, index)))
-    with material.lvlm.lock:
-        states = torch.cat([soft_prompt.soft_states(material.lvlm, soft, lessons[start:start + BATCH],
-                                                    [0] * len(lessons[start:start + BATCH])).cpu()
-                            for start in range(0, len(lessons), BATCH)])
-    return fit_probe(states.numpy(), np.array(labels), pca=4)
+    states = []
+    for start in range(0, len(lessons), BATCH):
+        part = lessons[start:start + BATCH]
+        with material.lvlm.lock:
+            states.append(soft_prompt.soft_states(material.lvlm, soft, part, [0] * len(part)).cpu())
+    return fit_probe(torch.cat(states).numpy(), np.array(labels), pca=4)
 
 
 def _operating_point(material: Material, probe: Probe, name: str, lessons: dict[int, Lesson],

@@ -1,5 +1,7 @@
 """Fit SASA: its safety and fused blocks, and a probe on the projected stream's first-token logits for each pair."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from safetensors.torch import load_file
@@ -11,27 +13,23 @@ from safety.calibrate.material import Material, auroc, indices
 from safety.calibrate.observe import digest, save_whole
 from safety.defenses.sasa import projected_hidden
 from safety.detector import cross_fit
-from safety.errors import UserError
 from safety.inputs import open_image
 from safety.lvlm import LVLM
 from safety.parts import LayersArtifact, SasaArtifact
+from safety.samples import Sample
 from safety.settings import Sasa
 
 QUERIES = 8  # text queries of each side whose last-token states make the matrix that heads are ranked with
 DEPTHS = (0.53, 0.67, 0.8)  # of the pairs that are tried beside the paper's rule; f lies two blocks behind s
+ROWS = 64  # samples whose logits are computed together
 SCREEN = 120  # samples on which the rule's pair and the others are compared
 CURVES = "sasa-curves.png"
 
 
 def fit(material: Material, artifacts: Artifacts) -> dict:
     """Add the SASA part and its recommended settings to `artifacts`; returns how they were found."""
-    lvlm, samples = material.lvlm, material.samples
-    text = {side: [s.prompt for s in samples if s.image is None and s.request is None and s.unsafe == side][:QUERIES]
-            for side in (True, False)}
-    if min(map(len, text.values())) < 8:
-        raise UserError("SASA ranks heads on text requests: give at least 8 safe and 8 unsafe samples "
-                        "without an image.")
-    harmful, ordinary = _importance(material, text)
+    lvlm = material.lvlm
+    harmful, ordinary = _importance(material, text_queries(material.samples))
     curve = layers.safety_curve(harmful, ordinary)
     chosen = _chosen(material)
     separable, artifacts.layers = _separability(material, chosen & ~material.validation)
@@ -53,7 +51,10 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
                        "cross_validated_auroc": round(result.auroc, 4), **_operating_point(material, scores, judged)}
         if pair is not None:
             certain.append(scores)
-    artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in shipped}, probes["clean"])
+    per_input = _per_input(material, certain, judged)
+    thresholds = {name: row["threshold"] for name, row in (found | {"per-input": per_input}).items()}
+    artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in shipped}, probes["clean"],
+                                  thresholds)
     artifacts.settings.sasa = Sasa(*best, threshold=found[f"{best[0]}-{best[1]}"]["threshold"])
     material.out.mkdir(parents=True, exist_ok=True)
     layers.draw_curves(material.out / CURVES, curve, separable, rule, best)
@@ -67,8 +68,17 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
             "safety_heads": [list(head) for head in layers.safety_heads(harmful, ordinary)],
             "separability": [round(v, 3) for v in separable.tolist()], "screened_on": int(_screened(chosen).sum()),
             "screen": {f"{s}-{f}": round(value, 4) for (s, f), value in ranked.items()}, "streams": found,
-            "per_input": _per_input(material, certain, judged),
+            "per_input": per_input,
             "papers_threshold": Sasa.threshold}
+
+
+def text_queries(samples: Sequence[Sample]) -> dict[bool, list[str]]:
+    """{unsafe: QUERIES requests as text} that heads are ranked on: those asked without a picture and, where there are
+    too few of them, what the pictures ask for, typed out."""
+    def openly_typed(sample: Sample) -> bool:
+        return sample.image is None and sample.request is None
+    return {side: [sample.asked for sample in sorted((s for s in samples if s.unsafe == side), key=openly_typed,
+                                                     reverse=True)][:QUERIES] for side in (True, False)}
 
 
 def tried_pairs(lvlm: LVLM) -> list[tuple[int, int]]:
@@ -83,7 +93,7 @@ def _importance(material: Material, text: dict[bool, list[str]]) -> tuple[Tensor
     path = material.work / f"heads-{digest(text[True], text[False])}.safetensors"
     if not path.exists():
         stage = material.progress.stage("ranking heads", 2 * material.lvlm.blocks)
-        with stage as tick, material.lvlm.lock:
+        with stage as tick:
             found = {name: layers.head_importance(material.lvlm, text[side], tick)
                      for name, side in (("harmful", True), ("ordinary", False))}
         save_whole(found, path)
@@ -108,7 +118,7 @@ def _separability(material: Material, fitted: np.ndarray) -> tuple[Tensor, Layer
     """[blocks] cross-validated AUROC of a probe on last-prompt-position states, harmful against benign, and the probes.
     Where there are pictures, on those alone, since it is there that meaning must form first."""
     pictures = np.array([sample.image is not None for sample in material.samples])
-    if (fitted & pictures & material.unsafe).sum() < 10:
+    if min((fitted & pictures & (material.unsafe == side)).sum() for side in (True, False)) < 10:
         pictures = np.ones_like(pictures)
     which, judged = fitted & pictures, material.validation & pictures
     curve, probes, judgements = [], [], []
@@ -155,8 +165,12 @@ def _logits(material: Material, which: np.ndarray, pair: tuple[int, int] | None)
     else:
         assert pair is not None  # the clean stream is always observed
         rows = _run_pair(material, numbers, pair)
-    hidden = torch.stack(rows).to(material.lvlm.device, material.lvlm.embed.weight.dtype)
-    return material.lvlm.logits(hidden).cpu().numpy()
+    logits = []
+    for start in range(0, len(rows), ROWS):  # a large vocabulary's logits of all samples would not fit beside the model
+        hidden = torch.stack(rows[start:start + ROWS]).to(material.lvlm.device, material.lvlm.embed.weight.dtype)
+        with material.lvlm.lock:
+            logits.append(material.lvlm.logits(hidden).cpu())
+    return torch.cat(logits).numpy()
 
 
 def _run_pair(material: Material, numbers: list[int], pair: tuple[int, int]) -> list[Tensor]:

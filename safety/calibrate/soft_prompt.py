@@ -164,17 +164,19 @@ def train(lvlm: LVLM, trainable: LVLM, lessons: Sequence[Lesson], held_out: Sequ
             break
         rng = random.Random(f"{recipe.seed} {step}")  # a step's lessons do not depend on where training was resumed
         batch = [rng.choice(pool) for pool in pools.values() for _ in range(recipe.batch // 2)]
-        row = _row(*losses(trainable, module, batch, [random_cut(lesson, recipe, rng) for lesson in batch], recipe),
-                   batch)
+        cuts = [random_cut(lesson, recipe, rng) for lesson in batch]
         optimizer.zero_grad()
-        _total(row, recipe).backward()
+        with lvlm.lock:  # for a step at a time: runs on the same model wait for one, not for the training
+            row = _row(*losses(trainable, module, batch, cuts, recipe), batch)
+            _total(row, recipe).backward()
         nn.utils.clip_grad_norm_([module.soft], 1.0)
         optimizer.step()
         schedule.step()
         progress["curve"].append({name: round(value.item(), 4) for name, value in row.items()})
         report(step + 1, recipe.steps)
         if held_out and (step + 1) % recipe.check_every == 0:
-            row = _look(trainable, module, held_out, recipe)
+            with lvlm.lock:
+                row = _look(trainable, module, held_out, recipe)
             total = float(_total(row, recipe))
             if all(total < look["total"] for look in progress["held_out"]):
                 progress["best_step"] = step + 1
