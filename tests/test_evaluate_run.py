@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from safety.evaluate import command, run
 from safety.evaluate.arms import parse_arms
 from safety.evaluate.model_judges import judge_records, model_judge
 from safety.evaluate.records import read_records
-from safety.evaluate.report import write_report
+from safety.evaluate.report import percent, write_report
 from safety.evaluate.summary import scores, shown_before, summarise
 from safety.loading import load
 from safety.samples import Sample, write_samples
@@ -161,12 +162,44 @@ def test_more_lanes_and_samples_may_follow(finished, home, lvlm, tmp_path):
         {key: record for key, record in read_records(finished).items() if key in few}).items()
 
 
-@pytest.mark.parametrize("change", ["length", "artifacts", "sample"])
+def test_a_batch_that_was_torn_is_given_again_as_it_was(finished, home, lvlm, tmp_path, monkeypatch):
+    lines = (finished / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(line for line in lines if json.loads(line)["id"] != "s1"))
+    asked = []
+    real = Engine.answer_batch
+
+    def counted(self, requests, **kwargs):
+        asked.append([request.prompt.split("\n")[-1] for request in requests])
+        return real(self, requests, **kwargs)
+    monkeypatch.setattr(Engine, "answer_batch", counted)
+    command.evaluate(lvlm, arguments(home, tmp_path))
+    assert asked == [["request 0", "request 1", "request 2"]] * 3  # once for each group of lanes
+    assert len(read_records(tmp_path)) == len(lines) == len((tmp_path / "answers.jsonl").read_text().splitlines())
+
+
+def test_corrected_labels_count_without_answering_again(home, lvlm, tmp_path, monkeypatch):
+    def samples(**changes):
+        write_samples([Sample("a", "one", "unsafe", "x"), replace(Sample("b", "two", "unsafe", "x"), **changes)],
+                      tmp_path / "two.jsonl")
+        command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")], lanes="none"))
+        return json.loads((tmp_path / "out" / "summary.json").read_text())
+    before = samples()["suites"]["two"]["none"]
+    assert (before["refusal"]["n"], before["over_refusal"], before["utility"]) == (2, None, None)
+    monkeypatch.setattr(Engine, "answer_batch", None)  # nothing is asked again
+    summary = samples(label="safe", expected=("two",), scenario="y", request="what is meant")
+    after = summary["suites"]["two"]["none"]
+    assert (after["refusal"]["n"], after["over_refusal"]["n"], after["utility"]["n"]) == (1, 1, 1)
+    assert summary["examples"][1]["asked"] == "what is meant"
+
+
+@pytest.mark.parametrize("change", ["length", "batch", "artifacts", "sample"])
 def test_answers_of_other_settings_are_refused(finished, home, lvlm, artifacts, tmp_path, change):
     (tmp_path / "answers.jsonl").write_bytes((finished / "answers.jsonl").read_bytes())
     changed = arguments(home, tmp_path)
     if change == "length":
         changed.max_new_tokens = 8
+    elif change == "batch":  # in int8 the shape of a batch decides how sums are rounded
+        changed.batch = 2
     elif change == "artifacts":
         save_artifacts(random_artifacts(lvlm, seed=9), lvlm, tmp_path / "artifacts")
         changed.artifacts = tmp_path / "artifacts"
@@ -266,7 +299,7 @@ def launch(home, out, *prefix):
     return subprocess.Popen(
         [sys.executable, "-m", *prefix, "safety", "evaluate", "--model", str(home / "model"), "--quantization", "none",
          "--suite", str(home / "own.jsonl"), "--artifacts", str(home / "artifacts"), "--out", str(out), "--lanes",
-         LANES, "--max-new-tokens", "7", "--batch", "1"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+         LANES, "--max-new-tokens", "7", "--batch", "3"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True)
 
 
@@ -334,7 +367,7 @@ def test_scores_judge_the_whole_transcript():
 
 
 def hostile_summary(tmp_path):
-    samples = [Sample(str(i), "p", "unsafe" if i < 3 else "safe", f"s{i % 2}", "x.png") for i in range(6)]
+    samples = [Sample(str(i), f"p{i}", "unsafe" if i < 3 else "safe", f"s{i % 2}", "x.png") for i in range(6)]
     attack = '<script>alert("x")</script><img src=x onerror=alert(1)> | {{ 7 * 7 }} sure here it is'
     records = {}
     for arm, gate in (("none", None), ("sasa", GATE)):
@@ -369,8 +402,34 @@ def test_a_gate_that_catches_all_shows_in_every_number(tmp_path):
     assert (shut["attack_success"], shut["over_refusal"]) == (0.0, 1.0)
 
 
+def test_one_request_in_several_pictures_is_one_request_and_one_question_about_several_is_not(tmp_path):
+    typeset = [Sample(str(i), "carrier", "unsafe", "", f"{i}.png", request=f"r{i // 3}") for i in range(6)]
+    shown = [Sample(str(i), "What is it?", "unsafe", "", f"{i}.png") for i in range(6)]
+    arms = parse_arms("none,sasa", lambda folder: random_artifacts(tiny_llava()))
+    records = {(suite, str(i), arm): made(["Sure."] if arm == "none" else ["I'm sorry, but I can't."], number=i,
+                                          suite=suite, arm=arm)
+               for suite in ("typeset", "shown") for i in range(6) for arm in ("none", "sasa")}
+    summary = summarise(records, {"typeset": typeset, "shown": shown}, arms)
+    rows = {suite: lanes["none"]["attack_success"] for suite, lanes in summary["suites"].items()}
+    assert {suite: (row["n"], row["requests"]) for suite, row in rows.items()} == {"typeset": (6, 2), "shown": (6, 6)}
+    assert rows["typeset"]["low"] < rows["shown"]["low"]
+    assert percent(rows["typeset"]).startswith("6/6 (2 requests), 100 % (")
+    assert {test["suite"]: test["n"] for test in summary["tests"] if test["measure"] == "attack_success"} == {
+        "typeset": 2, "shown": 6}
+    assert summary["pooled"]["picture attacks"]["none"]["attack_success"]["requests"] == 8
+
+
+def test_a_defended_first_lane_has_no_sweep():
+    samples = [Sample(str(i), f"p{i}", "unsafe" if i < 2 else "safe", "", "x.png") for i in range(4)]
+    for lanes, swept in (("none,sasa", {"sasa"}), ("revision,sasa", set())):
+        arms = parse_arms(lanes, lambda folder: random_artifacts(tiny_llava()))
+        records = {("suite", str(i), arm.name): made(["Sure."], samples[i].label, [GATE], number=i, arm=arm.name)
+                   for i in range(4) for arm in arms}
+        assert set(summarise(records, {"suite": samples}, arms)["sweeps"]) == swept
+
+
 def test_broken_text_gains_a_defense_nothing():
-    samples = [Sample(str(i), "p", "unsafe", "s", "x.png") for i in range(3)]
+    samples = [Sample(str(i), f"p{i}", "unsafe", "s", "x.png") for i in range(3)]
     broken, sure, no = ["la la la " * 12], ["Sure, here it is."], ["I'm sorry, but I can't."]
     said = {"none": [sure, sure, broken], "sasa": [broken, no, broken]}
     records = {("suite", str(i), arm): made(tokens, number=i, arm=arm)

@@ -85,7 +85,8 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
         run.wait_for_everyone()
         if process:
             return 0
-        records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens)
+        records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens,
+                              batch=arguments.batch)
     if asked:
         records = judge_records(records, asked, arguments.out)
     summary: dict[str, Any] = {

@@ -1,4 +1,10 @@
-"""Answer every sample of every suite in every arm, resumably, and sum it up."""
+"""Answer every sample of every suite in every arm, resumably.
+
+Decoding is greedy. In fp32 an answer does not depend on the batch that it was given in. In int8 and in 16 bits it can:
+the shape of a batch decides how sums are rounded, and a near tie between two tokens may then fall otherwise. So the
+samples of a suite are always cut into the same batches, and the size of a batch is part of what answers are kept for; a
+repetition with the same lanes, limit, batch size and number of processes on the same hardware gives the same answers.
+"""
 
 import json
 import os
@@ -22,13 +28,13 @@ from safety.transcript import Answer
 DIGITS = 4  # of the probabilities that are kept
 
 
-def answer_key(lvlm: LVLM, artifacts: Artifacts, arm: Arm, max_new_tokens: int) -> str:
-    """Digest of all that determines an arm's answers, but for the sample."""
-    return digest([fingerprint(lvlm), lvlm.label, artifacts, arm, max_new_tokens])
+def answer_key(lvlm: LVLM, artifacts: Artifacts, arm: Arm, max_new_tokens: int, batch: int) -> str:
+    """Digest of all that determines an arm's answers, but for the sample; number format and device are in the label."""
+    return digest([fingerprint(lvlm), lvlm.label, artifacts, arm, max_new_tokens, batch])
 
 
 def sample_key(sample: Sample) -> str:
-    """Digest of a sample, its picture's bytes included."""
+    """Digest of what an answer to a sample depends on: the prompt, and the picture's bytes."""
     picture = Path(sample.image) if sample.image else None
     return digest([sample.prompt, picture if picture and picture.is_file() else str(picture)])
 
@@ -36,7 +42,7 @@ def sample_key(sample: Sample) -> str:
 def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: Mapping[str, Sequence[Sample]],
             arms: Sequence[Arm], out: Path, *, max_new_tokens: int = 48, batch: int = 8, process: int = 0,
             processes: int = 1) -> dict[Key, dict[str, Any]]:
-    """Give the answers that `out` does not hold yet; greedy, so that a repetition gives the same.
+    """Give the answers that `out` does not hold yet.
 
     Args:
         calibrated: the artifacts of a folder; None for the default ones.
@@ -45,7 +51,8 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
         batch: requests answered at once, each in up to MAX_LANES lanes.
         process, processes: this process takes every `processes`-th sample; each writes a file of its own.
 
-    Returns: all answers of these suites and arms that are in the folder.
+    Returns: all answers of these suites and arms that are in the folder, each with the label, scenario, request and
+        expected words that its sample has now: a suite's labels can be corrected without answering it again.
 
     Raises:
         UserError: the folder holds answers of another model, other artifacts, settings or samples; or no sample of a
@@ -58,7 +65,7 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
         artifacts = engines[id(group)].artifacts
         for arm in group:
             artifacts.check(arm.lane, lvlm.blocks)
-            keys[arm.name] = answer_key(lvlm, artifacts, arm, max_new_tokens)
+            keys[arm.name] = answer_key(lvlm, artifacts, arm, max_new_tokens, batch)
     wanted = {(suite, sample.id, arm.name): digest([keys[arm.name], sample_key(sample)])
               for suite, samples in suites.items() for sample in samples for arm in arms}
     # What could not be served is tried again: the picture may have been mended.
@@ -68,29 +75,31 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
         raise UserError(f"{out} holds answers of another model, other artifacts, settings or samples (such as sample "
                         f"{stale[1]!r} of suite {stale[0]!r} in lane {stale[2]!r}). Choose another --out, or delete "
                         "that folder.")
-    todo = [(suite, group, sample) for suite, samples in suites.items() for group in groupings
-            for sample in samples[process::processes]
-            if any((suite, sample.id, arm.name) not in known for arm in group)]
-    with Writer(out, process) as writer, tqdm(total=len(todo), unit="request", desc="evaluate", mininterval=1,
-                                              disable=not todo or process > 0) as bar:
-        while todo:
-            suite, group, _ = todo[0]
-            samples = [sample for name, other, sample in todo[:batch] if name == suite and other is group]
-            todo = todo[len(samples):]
+    todo = [(suite, group, rows) for suite, samples in suites.items() for group in groupings
+            for rows in _cut(samples[process::processes], batch) if any(
+                (suite, sample.id, arm.name) not in known for sample in rows for arm in group)]
+    with Writer(out, process) as writer, tqdm(total=sum(len(rows) for _, _, rows in todo), unit="request",
+                                              desc="evaluate", mininterval=1, disable=not todo or process > 0) as bar:
+        for suite, group, rows in todo:
             bar.set_postfix_str(f"{suite}: {', '.join(arm.name for arm in group)}"[:60])
-            for sample, answers in zip(samples, _answers(engines[id(group)], group, samples, max_new_tokens),
-                                       strict=True):
-                new = [arm for arm in group if (suite, sample.id, arm.name) not in known]
-                writer.write(_record(suite, sample, arm, wanted[suite, sample.id, arm.name], answers[group.index(arm)])
-                             for arm in new)
-            bar.update(len(samples))
-    records = {key: record for key, record in read_records(out).items() if key in wanted}
+            answered = _answers(engines[id(group)], group, rows, max_new_tokens)
+            writer.write(_record(suite, sample, arm, wanted[suite, sample.id, arm.name], answer)
+                         for sample, answers in zip(rows, answered, strict=True)
+                         for arm, answer in zip(group, answers, strict=True)
+                         if (suite, sample.id, arm.name) not in known)
+            bar.update(len(rows))
+    now = {(suite, sample.id): _known(sample) for suite, samples in suites.items() for sample in samples}
+    records = {key: record | now[key[:2]] for key, record in read_records(out).items() if key in wanted}
     for suite in suites:
         found = [record for (name, _, _), record in records.items() if name == suite]
         if processes == 1 and all("error" in record for record in found):
             raise UserError(f"No sample of suite {suite} could be answered. The first error: {found[0]['error']}"
                             if found else f"Suite {suite} holds no samples.")
     return records
+
+
+def _cut(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    return [samples[start:start + size] for start in range(0, len(samples), size)]
 
 
 def _answers(engine: Engine, group: Sequence[Arm], samples: Sequence[Sample],
@@ -110,12 +119,16 @@ def _answers(engine: Engine, group: Sequence[Arm], samples: Sequence[Sample],
     return [list(row) for row in answers]
 
 
+def _known(sample: Sample) -> dict[str, Any]:
+    """What is known about a sample and what answers are judged by, but does not change them."""
+    return {"label": sample.label, "scenario": sample.scenario, "asked": sample.asked,
+            "expected": list(sample.expected)}
+
+
 def _record(suite: str, sample: Sample, arm: Arm, key: str, answer: Answer | str) -> dict[str, Any]:
     """One line of the file: the sample, and the whole transcript in one arm."""
-    record: dict[str, Any] = {
-        "suite": suite, "id": sample.id, "arm": arm.name, "key": key, "label": sample.label,
-        "scenario": sample.scenario, "prompt": sample.prompt, "image": sample.image is not None,
-        "asked": sample.asked, "expected": list(sample.expected)}
+    record: dict[str, Any] = {"suite": suite, "id": sample.id, "arm": arm.name, "key": key, "prompt": sample.prompt,
+                              "image": sample.image is not None, **_known(sample)}
     if isinstance(answer, str):
         return record | {"error": answer}
     events = [{**asdict(event), "probability": round(event.probability, DIGITS)} for event in answer.events]
