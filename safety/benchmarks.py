@@ -73,6 +73,8 @@ def read(spec: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
 
 
 def _draw(count: int, limit: int | None, seed: int) -> list[int]:
+    if limit is not None and limit < 1:
+        raise UserError(f"At least one sample must be drawn, but the limit is {limit}.")
     if limit is None or limit >= count:
         return list(range(count))
     return sorted(random.Random(seed).sample(range(count), limit))
@@ -92,22 +94,25 @@ def _first(*paths: Path) -> Path:
     return next((path for path in paths if path.exists()), paths[0])
 
 
-def _dataset(repository: str, config: str | None, split: str) -> Any:
+def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UserError("Benchmarks from the Hub or in parquet files need the package datasets: "
                         "pip install -r requirements-eval.txt.") from error
-    if repository.endswith(".parquet"):
-        return datasets.load_dataset("parquet", data_files=repository, split="train")
-    return datasets.load_dataset(repository, config, split=split)
+    return datasets
+
+
+def _dataset(repository: str, config: str | None, split: str) -> Any:
+    return _datasets().load_dataset(repository, config, split=split)
 
 
 def _parquet(folder: Path, pattern: str) -> Any:
-    files = sorted(folder.rglob(pattern))
+    """The rows of all files of this pattern: large tables are published in several parts."""
+    files = sorted(map(str, folder.rglob(pattern)))
     if not files:
         raise UserError(f"There is no file {pattern} in {folder}.")
-    return _dataset(str(files[0]), None, "train")
+    return _datasets().load_dataset("parquet", data_files=files, split="train")
 
 
 def _save(image: Any, name: str) -> str | None:

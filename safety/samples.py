@@ -63,10 +63,10 @@ def read_samples(path: Path) -> list[Sample]:
     """Read and check a sample file; image paths come back resolved.
 
     Raises:
-        UserError: names the line and what is wrong with it.
+        UserError: names the line and what is wrong with it, a picture that is not there included.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+    try:  # not splitlines, which also cuts at separators that JSON strings may hold
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The sample file {path} could not be read: {error}.") from error
     samples = []
@@ -75,14 +75,21 @@ def read_samples(path: Path) -> list[Sample]:
             continue
         try:
             row = json.loads(line)
-            image = str(path.parent / row["image"]) if row.get("image") else None
-            sample = Sample(str(row.get("id", number)), row["prompt"], row["label"], str(row.get("scenario", "")),
-                            image, row.get("response"), str(row.get("kind", "")), row.get("request"),
-                            tuple(map(str, row.get("expected", ()))))
+            prompt, label, expected = row["prompt"], row["label"], row.get("expected") or []
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'Line {number} of {path} needs a JSON object with "prompt" and "label".') from error
-        if sample.label not in ("safe", "unsafe"):
-            raise UserError(f'Line {number} of {path}: "label" must be "safe" or "unsafe", but it is {sample.label!r}.')
+        if label not in ("safe", "unsafe"):
+            raise UserError(f'Line {number} of {path}: "label" must be "safe" or "unsafe", but it is {label!r}.')
+        for name in ("prompt", "image", "response", "request", "kind", "scenario"):
+            if not isinstance(row.get(name), str | None) or (name == "prompt" and prompt is None):
+                raise UserError(f'Line {number} of {path}: "{name}" must be text, but it is {row[name]!r}.')
+        if not isinstance(expected, list) or not all(isinstance(word, str) for word in expected):
+            raise UserError(f'Line {number} of {path}: "expected" must be a list of words, but it is {expected!r}.')
+        image = str(path.parent / row["image"]) if row.get("image") else None
+        if image and not Path(image).is_file():
+            raise UserError(f"Line {number} of {path} lacks its picture: there is no file {image}.")
+        sample = Sample(str(row.get("id", number)), prompt, label, row.get("scenario") or "", image,
+                        row.get("response"), row.get("kind") or "", row.get("request"), tuple(expected))
         samples.append(sample)
     if len({sample.id for sample in samples}) < len(samples):
         raise UserError(f"Two lines of {path} have the same id. Give each sample its own.")

@@ -131,6 +131,13 @@ def test_spa_vl(tmp_path, red):
     assert Image.open(harm[0].image).getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_a_table_in_several_files_is_read_whole(tmp_path, red):
+    for part in range(2):
+        parquet(tmp_path / f"harm-0000{part}-of-00002.parquet", {
+            "image": [red], "question": [f"part {part}"], "class1": ["x"]})
+    assert [sample.prompt for sample in benchmarks.read(f"spa-vl:{tmp_path}")] == ["part 0", "part 1"]
+
+
 def test_scienceqa(tmp_path, red):
     parquet(tmp_path / "sqa" / "test-00000-of-00001.parquet", {
         "image": [red, None], "question": ["Which is a mammal?", "Which is wet?"],
@@ -159,6 +166,26 @@ def test_limits_draw_at_random_but_the_same_again(tmp_path):
     assert first != benchmarks.read(spec, 4, seed=1)
     write_samples([Sample(str(i), "p", "safe", "") for i in range(9)], tmp_path / "own.jsonl")
     assert len(benchmarks.read(str(tmp_path / "own.jsonl"), 3)) == 3
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"prompt": 5}, '"prompt" must be text, but it is 5'), ({"prompt": None}, '"prompt" must be text'),
+    ({"label": ["unsafe"]}, '"label" must be "safe" or "unsafe"'), ({"image": 3}, '"image" must be text'),
+    ({"expected": "bread"}, '"expected" must be a list of words'), ({"expected": [1]}, "list of words"),
+    ({"request": {}}, '"request" must be text'), ({"image": "gone.png"}, "lacks its picture.*gone.png")])
+def test_a_line_that_does_not_fit_is_named(tmp_path, change, message):
+    lines = [{"prompt": "one", "label": "safe"}, {"prompt": "two", "label": "safe", **change}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=f"Line 2 of .*own.jsonl.*{message}"):
+        benchmarks.read(str(tmp_path / "own.jsonl"))
+
+
+def test_separators_inside_a_text_do_not_end_a_line(tmp_path):
+    sample = Sample("1", "one\u2028two\x85three\x0cfour", "safe", "")
+    write_samples([sample], tmp_path / "own.jsonl")
+    assert benchmarks.read(str(tmp_path / "own.jsonl")) == [sample]
+    with pytest.raises(UserError, match="the limit is -1"):
+        benchmarks.read(str(tmp_path / "own.jsonl"), -1)
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
