@@ -28,7 +28,7 @@ from safety.evaluate.statistics import (
     resample_clusters,
 )
 from safety.evaluate.summary import curve
-from safety.samples import Sample
+from safety.samples import Sample, write_samples
 from safety.settings import MAX_LANES
 from safety.statistics import rate
 
@@ -290,6 +290,20 @@ def test_typeset_words_stay_on_the_page(length):
 def test_an_unknown_suite_is_refused(tmp_path):
     with pytest.raises(UserError, match="no suite 'figstp'"):
         suites.suite("figstp", tmp_path, 3)
+
+
+def test_suites_that_would_share_a_title_are_refused():
+    assert suites.titles(["figstep", "figstep", "figstep:/a"]) == {"figstep": "figstep",
+                                                                   "figstep (benchmark)": "figstep:/a"}
+    for names in (["figstep:/a", "figstep:/b"], ["a/x.jsonl", "b/x.jsonl"]):
+        with pytest.raises(UserError, match=f"{names[0]} and {names[1]} would both be called"):
+            suites.titles(names)
+
+
+def test_only_our_own_suites_have_a_usual_size(tmp_path):
+    write_samples([Sample(str(i), f"p{i}", "safe", "") for i in range(50)], tmp_path / "own.jsonl")
+    assert len(suites.suite("symbols", tmp_path, None)[1]) == suites.SAMPLES < 50
+    assert len(suites.suite(str(tmp_path / "own.jsonl"), tmp_path, None)[1]) == 50
 
 
 # The file of answers.

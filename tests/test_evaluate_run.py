@@ -127,6 +127,23 @@ def test_json_summary_has_the_promised_form(finished, home, lvlm, capsys):
     assert set(summary["pooled"]) == {"picture attacks", "text attacks", "benign requests", "known answers"}
 
 
+def test_the_summary_says_which_artifacts_it_is_of_and_what_they_had_seen(finished, home, lvlm, artifacts, tmp_path):
+    digest = command.artifacts_digest(home / "artifacts")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["artifacts"] == {"default": digest}
+    assert summary["seen_in_calibration"] is None  # these artifacts do not say what they were calibrated on
+    about = {"sample_digests": [Sample("", " The REAL one", "unsafe", "").request_digest]}
+    save_artifacts(replace(artifacts, about=about), lvlm, tmp_path / "seen")
+    assert command.artifacts_digest(tmp_path / "seen") == digest  # notes change nothing
+    command.evaluate(lvlm, arguments(home, tmp_path / "out", lanes="none", artifacts=tmp_path / "seen"))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["seen_in_calibration"] == {"own": 1}
+    assert "1 requests of the suite own were" in (tmp_path / "out" / "report.md").read_text()
+    save_artifacts(random_artifacts(lvlm, seed=9), lvlm, tmp_path / "other")
+    assert command.artifacts_digest(tmp_path / "other") != digest
+    assert command.artifacts_digest(tmp_path) is None
+
+
 class Stop(Exception):
     pass
 
@@ -377,7 +394,8 @@ def hostile_summary(tmp_path):
                           number=int(sample.id), arm=arm) | {"asked": "<b>bold</b>", "scenario": sample.scenario}
             records["suite", sample.id, arm] = record
     arms = parse_arms("none,sasa", lambda folder: random_artifacts(tiny_llava()))
-    summary = {"model": "<i>m</i>", "label": "<i>m</i>", "fingerprint": {}, "artifacts": "x",
+    summary = {"model": "<i>m</i>", "label": "<i>m</i>", "fingerprint": {}, "artifacts": {"default": "x"},
+               "seen_in_calibration": {"suite": 2},
                "lanes": {"none": "", "sasa": ""}, "safety_prompt": "", "about": {"suite": "<u>about</u>"},
                "settings": {"max_new_tokens": 8, "limit": 6, "seed": 0, "decoding": "greedy"},
                "judge": {"name": "safety.refusal", "agreement": None, "model": None}, "date": "2026-01-01",
@@ -467,6 +485,7 @@ def test_the_report_is_self_contained_escaped_and_reproducible(tmp_path, capsys)
     assert "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page
     table = (tmp_path / "report.md").read_text()
     assert "3/3, 100 %" in table and "κ not measured" in table
+    assert "2 requests of the suite suite were in the calibration data" in table
 
 
 def test_answers_open_in_inspect(finished):
@@ -496,12 +515,13 @@ def test_no_summary_no_report(tmp_path):
 SHIPPED = ROOT / "artifacts" / "miniature" / "evaluation"
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="no evaluation is shipped")
-def test_the_shipped_results_are_of_the_shipped_model_and_reproducible(tmp_path):
-    summary = json.loads((SHIPPED / "summary.json").read_text())
+@pytest.mark.parametrize("folder", [SHIPPED, SHIPPED / "ablations"], ids=lambda folder: folder.name)
+def test_the_shipped_results_are_of_the_shipped_model_and_artifacts_and_reproducible(tmp_path, folder):
+    summary = json.loads((folder / "summary.json").read_text())
     files = json.loads((ROOT / "artifacts" / "miniature" / "model" / "config.json").read_text())["files"]
     revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
     assert summary["fingerprint"]["revision"] == revision
-    (tmp_path / "summary.json").write_bytes((SHIPPED / "summary.json").read_bytes())
+    assert summary["artifacts"] == {"default": command.artifacts_digest(ROOT / "artifacts" / "miniature" / "defenses")}
+    (tmp_path / "summary.json").write_bytes((folder / "summary.json").read_bytes())
     write_report(tmp_path)
-    assert (tmp_path / "report.md").read_text() == (SHIPPED / "report.md").read_text()
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()

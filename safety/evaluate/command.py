@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safety.artifacts import Artifacts, fingerprint, load_artifacts
+from safety.artifacts import CONFIG, Artifacts, default_folder, fingerprint, load_artifacts, read_config
 from safety.errors import UserError
 from safety.evaluate import judges, run, suites
 from safety.evaluate.arms import SAFETY_PROMPT, digest, parse_arms
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/evaluate"),
                         help="folder of answers, summary and report; taken up again (default build/evaluate)")
     parser.add_argument("--artifacts", type=Path, help="calibrated artifacts (default: those shipped for the model)")
-    parser.add_argument("--limit", type=int, default=40, help="samples of each suite (default 40)")
+    parser.add_argument("--limit", type=int, help="samples of each suite (default: 40 of each that comes with the "
+                        "project, all of a file or benchmark)")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the answers (default 48)")
     parser.add_argument("--batch", type=int, default=8, help="requests answered at once, in all lanes (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="which samples of a benchmark are drawn")
@@ -62,7 +63,7 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
 
     process, processes = run.processes()
     check_length(arguments.max_new_tokens)
-    if arguments.limit < 1 or arguments.batch < 1:
+    if (arguments.limit is not None and arguments.limit < 1) or arguments.batch < 1:
         raise UserError("--limit and --batch must be at least 1.")
 
     judge = judges.keyword_judge(arguments.judge)
@@ -76,8 +77,8 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     names = [name for given in arguments.suite or ["standard"] for name in suites.SETS.get(given, (given,))]
     # Each process draws the pictures for itself: writing one file twice at a time would tear it.
     pictures = arguments.out / "pictures" if process == 0 else arguments.out / f"pictures-{process}"
-    made = {suites.title(name): suites.suite(name, pictures, arguments.limit, arguments.seed)
-            for name in dict.fromkeys(names)}
+    made = {title: suites.suite(name, pictures, arguments.limit, arguments.seed)
+            for title, name in suites.titles(names).items()}
     samples = {name: rows for name, (_, rows) in made.items()}
     records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens,
                           batch=arguments.batch, process=process, processes=processes)
@@ -89,12 +90,17 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
                               batch=arguments.batch)
     if asked:
         records = judge_records(records, asked, arguments.out)
+    known = {request for arm in arms for request in calibrated(arm.folder).about.get("sample_digests", ())}
     summary: dict[str, Any] = {
         "model": lvlm.name, "label": lvlm.label, "fingerprint": fingerprint(lvlm),
-        "artifacts": digest(calibrated(None)), "lanes": {arm.name: repr(arm.lane) for arm in arms},
+        "artifacts": {arm.folder or "default": artifacts_digest(arm.folder or arguments.artifacts or
+                                                                default_folder(lvlm)) for arm in arms},
+        "seen_in_calibration": {name: sum(sample.request_digest in known for sample in rows)
+                                for name, rows in samples.items()} if known else None,
+        "lanes": {arm.name: repr(arm.lane) for arm in arms},
         "safety_prompt": SAFETY_PROMPT, "about": {name: about for name, (about, _) in made.items()},
         "settings": {"max_new_tokens": arguments.max_new_tokens, "limit": arguments.limit, "seed": arguments.seed,
-                     "decoding": "greedy"},
+                     "batch": arguments.batch, "decoding": "greedy"},
         "judge": {"name": arguments.judge, "agreement": judges.known_agreement(), "model": arguments.model_judge},
         "date": datetime.now(UTC).date().isoformat(),
         **summarise(records, samples, arms, judge)}
@@ -110,6 +116,17 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
         print((arguments.out / MARKDOWN).read_text(encoding="utf-8"))
     print(f"Saved to {arguments.out}.", file=sys.stderr)
     return 0
+
+
+def artifacts_digest(folder: Path | str) -> str | None:
+    """Digest of a folder of artifacts as its config.json has it: the files' own digests, and the calibrated settings.
+
+    None: the model has no artifacts there. (Lanes without defenses can be evaluated all the same.)
+    """
+    if not (Path(folder) / CONFIG).is_file():
+        return None
+    config = read_config(Path(folder))
+    return digest([config[name] for name in ("files", "settings", "trace_threshold")])
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
