@@ -9,6 +9,7 @@ import argparse
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from safety.errors import UserError
@@ -78,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parse(arguments)
     try:
         port = check_address(flags.host, flags.port)
+        if flags.artifacts is not None and not Path(flags.artifacts).is_dir():
+            raise UserError(f"--artifacts: there is no folder {flags.artifacts}. Give one that calibration wrote.")
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
         print(f"Opening the page and loading {flags.model} …", flush=True)
         from safety.ui import Host, build_page, launch_options  # seconds of imports: not before the flags are good

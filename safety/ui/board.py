@@ -5,10 +5,14 @@ Gradio sends only the differences of the value; the scripts under static/board a
 compares it with the previous one, so a list that was changed in place would look unchanged.
 """
 
+import base64
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from safety.engine import Answer, Event
 from safety.settings import Lane
@@ -51,6 +55,15 @@ def empty_view() -> View:
     return {"run": "empty", "threshold": None, "axis": 64, "lanes": lanes, "verdict": "", "about": {}, "layers": None}
 
 
+def small_copy(image: Image.Image, side: int = 320) -> str:
+    """A picture as a data URI of some 10 kB, at most `side` pixels a side: what an export shows of it."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.convert("RGB").save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def view_of(
     run: str,
     answers: list[Answer],
@@ -63,6 +76,7 @@ def view_of(
     cover: bool = False,
     blocks: int = 0,
     soft_tokens: int = 0,
+    pairs: Sequence[Sequence[int]] = (),
     about: View | None = None,
 ) -> View:
     """Describe the answers so far, in fresh plain values.
@@ -74,7 +88,7 @@ def view_of(
         max_new_tokens: bounds the shared token axis.
         wait: what a column says while it waits for its first token.
         cover: hide the text of every lane from the token on that reaches the alarm.
-        blocks, soft_tokens: of the model and the soft prompt, to count each lane's work.
+        blocks, soft_tokens, pairs: of the model, the soft prompt and SASA's probes, to count each lane's work.
         about: what was asked and of whom, for exports; "harmful" says whether that is known to be harmful.
     """
     longest = max(len(answer.tokens) for answer in answers)
@@ -84,7 +98,8 @@ def view_of(
         "threshold": threshold,
         "axis": min(max_new_tokens, max(32, -(-(longest + 1) // 32) * 32)),
         "lanes": [
-            _lane_view(lane, answer, state, wait, threshold if cover else None, cover, blocks, soft_tokens)
+            _lane_view(lane, answer, state, wait, threshold if cover else None, cover)
+            | {"overhead": _share(overhead(lane, answer, blocks, soft_tokens, pairs))}
             for lane, answer, state in zip(lanes, answers, states, strict=True)
         ],
         "verdict": verdict(lanes, answers, states, about.get("harmful")),
@@ -93,12 +108,13 @@ def view_of(
     }
 
 
-def _lane_view(
-    lane: Lane, answer: Answer, state: str, wait: str, alarm: float | None, cover: bool, blocks: int, soft: int
-) -> View:
+def _share(work: float | None) -> float | None:
+    return None if work is None else round(work, 4)
+
+
+def _lane_view(lane: Lane, answer: Answer, state: str, wait: str, alarm: float | None, cover: bool) -> View:
     count = len(answer.tokens)
     hidden = _covered_from(answer, alarm) if cover else count
-    work = overhead(lane, answer, blocks, soft)
     return _lane(
         lane.name,
         defended=bool(lane.sasa or lane.revision or lane.sapt),
@@ -118,7 +134,6 @@ def _lane_view(
         covered=hidden if hidden < count else None,
         summary=answer.summary() if state in ENDED and count else "",
         speed=_speed(answer) if count else "",
-        overhead=None if work is None else round(work, 4),
     )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.inputs import check_prompt, open_image
+from safety.ui.board import small_copy
 from safety.ui.calibrating import calibration
 from safety.ui.host import Choice, Host
 from safety.ui.knobs import knobs_of, lanes_of, length_of, sampling_of
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 POLL = 0.2  # seconds between two looks at a model that is being loaded
 DECODERS = 2  # pictures that are decoded at once: a large one takes gigabytes for a moment
 BROKEN_LINK = "The link's settings could not be read, so the page starts with the usual ones."
+NOT_FITTING = "Not everything in the link fits this model; left as it was:"
 NO_PICTURE = "This run has no picture."
 
 
@@ -99,7 +101,9 @@ class Handlers:
         about = {
             "model": engine.lvlm.label,
             "prompt": words,
+            "example": None if preset is None else preset.title,
             "image": None if path is None or image is None else f"{Path(path).name}, {image.width} × {image.height}",
+            "picture": None if image is None else small_copy(image),
             "lanes": [asdict(lane) for lane in lanes],
             "max_new_tokens": length,
             "sampling": asdict(sampling),
@@ -164,7 +168,8 @@ class Handlers:
             return gr.skip(), gr.skip(), BROKEN_LINK
         preset = next((preset for preset in PRESETS if preset.key == event._data.get("preset")), None)
         image = str(preset.image) if preset is not None and preset.image is not None else None
-        return image, str(event._data.get("prompt", "")), ""
+        dropped = ", ".join(str(name)[:60] for name in (event._data.get("dropped") or [])[:6])
+        return image, str(event._data.get("prompt", "")), f"{NOT_FITTING} {dropped}." if dropped else ""
 
     def check_image(self, request: gr.Request, path: str | None) -> tuple[Any, str]:
         """Take a file that cannot be used out of the form again, with the reason; returns (image, notice).

@@ -186,7 +186,7 @@ class LiveRun:
         if ahead and not any(answer.tokens for answer in self.answers) and states[0] == "waiting":
             states = ["queued"] * len(states)
             wait = "Next in line: one run before yours." if ahead == 1 else f"In line: {ahead} runs before yours."
-        sapt = self.engine.artifacts.sapt
+        artifacts = self.engine.artifacts
         return view_of(
             self.name,
             self.answers,
@@ -197,7 +197,8 @@ class LiveRun:
             wait=wait,
             cover=self.cover,
             blocks=self.engine.lvlm.blocks,
-            soft_tokens=0 if sapt is None else sapt.length,
+            soft_tokens=0 if artifacts.sapt is None else artifacts.sapt.length,
+            pairs=() if artifacts.sasa is None else artifacts.sasa.pairs,
             about=self.about,
         )
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from safety.engine import Answer, Engine, Event
 from safety.errors import UserError
+from safety.inputs import open_image
 from safety.settings import Lane, Revision, Sapt, Sasa
-from safety.ui.board import DIGITS, STATE, View, view_of
+from safety.ui.board import DIGITS, STATE, View, small_copy, view_of
 from safety.ui.knobs import UNDEFENDED, layouts
 from safety.ui.presets import FOLDER, PRESETS, Preset
 
@@ -46,7 +47,9 @@ class Playback:
         """The finished run, with what the board needs to play it."""
         head = self._head
         about = {key: head[key] for key in ("model", "date", "max_new_tokens")}
-        about |= {"prompt": self._preset.prompt, "image": self._preset.image and self._preset.image.name}
+        image = self._preset.image
+        about |= {"prompt": self._preset.prompt, "example": self._preset.title, "image": image and image.name}
+        about["picture"] = image and small_copy(open_image(image))
         view = view_of(
             self._name,
             self.answers,
@@ -57,6 +60,7 @@ class Playback:
             cover=self.cover,
             blocks=head["blocks"],
             soft_tokens=head["soft_tokens"],
+            pairs=head.get("pairs", ()),
             about=about | {"harmful": self._preset.harmful, "layer_auroc": head["layer_auroc"]},
         )
         return view | {"recording": {**{key: head[key] for key in ("model", "commit", "date")},
@@ -99,6 +103,7 @@ def record(engine: Engine, preset: Preset, commit: str, max_new_tokens: int = 96
         "max_new_tokens": max_new_tokens,
         "blocks": engine.lvlm.blocks,
         "soft_tokens": artifacts.sapt.length if artifacts.sapt else 0,
+        "pairs": [list(pair) for pair in artifacts.sasa.pairs] if artifacts.sasa else [],
         "layer_auroc": None if artifacts.layers is None else [round(p, 3) for p in artifacts.layers.auroc.tolist()],
     }
     return {"head": head, "runs": runs}

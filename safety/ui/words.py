@@ -1,5 +1,7 @@
 """A run in plain words, above the numbers; and what each lane cost, counted."""
 
+from collections.abc import Sequence
+
 from safety.engine import Answer
 from safety.settings import Lane
 
@@ -69,18 +71,26 @@ def _list(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def overhead(lane: Lane, answer: Answer, blocks: int, soft_tokens: int) -> float | None:
+def overhead(
+    lane: Lane, answer: Answer, blocks: int, soft_tokens: int, pairs: Sequence[Sequence[int]] = ()
+) -> float | None:
     """The lane's extra work over an undefended answer of the same length, as a share of that answer's work.
 
     Counted, not timed (lanes share one batch, so time cannot be told apart): one unit is one block on one position.
     None while the prompt's length is not known.
+
+    Args:
+        pairs: all (safety, fused) blocks that have a probe: SASA projects once for each when it chooses per input.
     """
     prompt, said = answer.prompt_tokens, len(answer.tokens)
     if not prompt or not said:
         return None
     extra = 0
     if lane.sasa is not None and lane.sasa.mode == "gate":
-        extra += (blocks - 1 - lane.sasa.safety_layer) * prompt  # the projected stream, on the prompt, to the top
+        starts = [pair[0] for pair in pairs] if lane.sasa.choice == "per-input" else [lane.sasa.safety_layer]
+        extra += (
+            sum(blocks - 1 - start for start in starts) * prompt
+        )  # the projected streams, to the top
     elif lane.sasa is not None and lane.sasa.mode == "project":
         extra += blocks * prompt + (lane.sasa.fused_layer - lane.sasa.safety_layer) * (prompt + said)
     gated = any(event.type == "gate" and event.fired for event in answer.events)

@@ -131,7 +131,9 @@ function laneCard(lane, index) {
 function build() {
   list.replaceChildren();
   form.lanes.forEach(laneCard);
-  if (!form.lanes.length) html('p', 'no-lanes', list, props.spec.layouts.together.length ? 'Only the undefended answer will run.' : 'No defense is available: see the model above.');
+  if (!form.lanes.length) html('p', 'no-lanes', list, props.spec.layouts.together.length ? 'Only the undefended answer will run.'
+    : props.spec.version ? 'No defense is available: see the model above.' : 'The defenses appear here once a model is loaded.');
+  listBases();
   element.querySelector('.add').disabled = form.lanes.length >= props.spec.max_lanes || !props.spec.defenses.some(defense => defense.available);
   samplingBox.replaceChildren();
   for (const control of props.spec.sampling) knob(control, form, samplingBox, publish);
@@ -139,8 +141,9 @@ function build() {
 
 function markLayout() {
   const same = name => JSON.stringify(form.lanes.map(bare)) === JSON.stringify(props.spec.layouts[name].map(bare));
+  const now = form.lanes.length ? ['together', 'each'].find(same) : undefined;  // with one defense they are the same
   for (const button of element.querySelectorAll('[data-layout]')) {
-    if (button.dataset.layout !== 'sweep') button.setAttribute('aria-pressed', String(same(button.dataset.layout)));
+    if (button.dataset.layout !== 'sweep') button.setAttribute('aria-pressed', String(button.dataset.layout === now));
   }
 }
 const bare = lane => [lane.name, ...props.spec.defenses.map(d => Boolean(lane[d.key]?.on))];

@@ -13,6 +13,7 @@ element.addEventListener('click', event => {
   const {layout, values} = button.dataset;
   if (layout === 'sweep') {
     sweepBox.hidden = !sweepBox.hidden;
+    listBases();
     button.setAttribute('aria-expanded', String(!sweepBox.hidden));
   } else if (layout) {
     adopt({...form, lanes: props.spec.layouts[layout]}, button);
@@ -37,9 +38,18 @@ element.addEventListener('click', event => {
   }
 });
 
-// A sweep: one setting's values as columns, all else equal.
+// A sweep: one setting's values as columns, all else as in a column that is there.
+let baseBox = null;
+function listBases() {
+  if (!baseBox) return;
+  const chosen = [...form.lanes.keys()].find(i => open.has('lane-' + i)) ?? 0;
+  baseBox.replaceChildren();
+  form.lanes.forEach((lane, i) => { Object.assign(html('option', '', baseBox, lane.name), {value: i, selected: i === chosen}); });
+  html('option', '', baseBox, 'no other defense').value = -1;
+}
 function buildSweep() {
   sweepBox.replaceChildren();
+  baseBox = null;
   const knobs = props.spec.defenses.flatMap(defense => defense.controls.filter(control => control.type === 'range').map(control => ({defense, control})));
   if (!knobs.length) return html('p', 'no-lanes', sweepBox, 'There is nothing to sweep: no defense is available.');
   const field = (text, node) => {
@@ -49,6 +59,7 @@ function buildSweep() {
   };
   const which = field('Setting', html('select', ''));
   knobs.forEach(({defense, control}, i) => { html('option', '', which, `${defense.short}: ${control.label}`).value = i; });
+  baseBox = field('All else as in', html('select', ''));
   const number = (text, values) => Object.assign(field(text, html('input', '')), {type: 'number', ...values});
   const low = number('From', {}), high = number('To', {}), count = number('Columns', {min: 2, max: props.spec.max_lanes, step: 1, value: Math.min(4, props.spec.max_lanes)});
   const bounds = () => {
@@ -63,13 +74,14 @@ function buildSweep() {
   sweepBox.onsubmit = event => {
     event.preventDefault();
     const {defense, control} = knobs[which.value], n = Math.round(Math.min(props.spec.max_lanes, Math.max(2, Number(count.value))));
+    const base = form.lanes[baseBox.value] ?? {}, own = {...copy(defense.calibrated), ...base[defense.key], on: true};
     const clamp = value => Math.min(control.max, Math.max(control.min, value)), seen = new Set(), lanes = [];
     for (let i = 0; i < n; i++) {
       const raw = clamp(Number(low.value) + (Number(high.value) - Number(low.value)) * i / (n - 1));
       const value = control.step >= 1 ? Math.round(raw) : Math.round(raw * 1000) / 1000;
       if (seen.has(value)) continue;
       seen.add(value);
-      lanes.push({name: `${defense.short}, ${control.sign} ${value}`, [defense.key]: {...copy(defense.calibrated), on: true, [control.key]: value}});
+      lanes.push({...copy(base), name: `${defense.short}, ${control.sign} ${value}`, [defense.key]: {...own, [control.key]: value}});
     }
     adopt({...form, lanes}, which);
   };
@@ -85,17 +97,28 @@ window.addEventListener('safety:link', event => {
   event.detail.link = `${location.origin}${location.pathname}#s=${pack({form, prompt, preset})}`;
 });
 
-// Keep of a linked form only what this model's knobs can be turned to.
-function fitting(linked) {
+// Keep of a linked form only what this model's knobs can be turned to; `dropped` takes the names of the rest.
+function fitting(linked, dropped) {
   const start = copy(props.spec.start), fits = (control, value) => control.type === 'choice' ? control.options.some(option => option[1] === value)
     : control.type === 'check' ? typeof value === 'boolean' : typeof value === 'number' && value >= control.min && value <= control.max;
-  for (const control of props.spec.sampling) if (fits(control, linked[control.key])) start[control.key] = linked[control.key];
+  const take = (controls, from, to, whose) => {
+    for (const control of controls) {
+      if (fits(control, from[control.key])) to[control.key] = from[control.key];
+      else if (from[control.key] !== undefined) dropped.add(whose + control.label);
+    }
+  };
+  take(props.spec.sampling, linked, start, '');
+  if (linked.lanes?.length > props.spec.max_lanes) dropped.add('columns');
   start.lanes = (Array.isArray(linked.lanes) ? linked.lanes : []).slice(0, props.spec.max_lanes).map((lane, i) => {
     const kept = {name: String(lane.name ?? `Column ${i + 1}`).slice(0, 40)};
     for (const defense of props.spec.defenses) {
-      if (!defense.available || !lane[defense.key]) continue;
+      if (!lane[defense.key]) continue;
+      if (!defense.available) {
+        if (lane[defense.key].on) dropped.add(defense.name);
+        continue;
+      }
       kept[defense.key] = {...copy(defense.calibrated), on: lane[defense.key].on === true};
-      for (const control of defense.controls) if (fits(control, lane[defense.key][control.key])) kept[defense.key][control.key] = lane[defense.key][control.key];
+      take(defense.controls, lane[defense.key], kept[defense.key], defense.short + ': ');
     }
     return kept;
   });
@@ -107,8 +130,9 @@ function follow() {
   linked = false;
   try {
     const {form: wanted, prompt, preset} = unpack(location.hash.slice(3));
-    adopt(fitting(wanted));
-    trigger('restore', {prompt: String(prompt ?? ''), preset: typeof preset === 'string' ? preset : null});
+    const dropped = new Set();
+    adopt(fitting(wanted, dropped));
+    trigger('restore', {prompt: String(prompt ?? ''), preset: typeof preset === 'string' ? preset : null, dropped: [...dropped]});
   } catch (error) {
     trigger('restore', {broken: true});
   }

@@ -105,6 +105,12 @@ function addTokens(column, lane) {
   column.body.append(fresh);  // the box keeps to the end by itself (column-reverse): nothing is measured here
 }
 
+// A box that followed an answer to its end goes back to the first line, unless the reader has moved it, or what it says
+// there (that the rest is covered) would be lost.
+function toTheTop(column) {
+  if (column.text.scrollTop === 0 && column.covered === null) column.text.scrollTop = -column.text.scrollHeight;
+}
+
 element.addEventListener('click', event => {
   if (event.target.closest('.cover button')) trigger('reveal', {run});
 });

@@ -12,12 +12,14 @@ function paint(view) {
     const column = columns[i];
     column.lane = lane;
     column.covered = lane.covered;
+    const ends = column.card.dataset.state !== lane.state && ENDED.includes(lane.state);
     if (column.card.dataset.state !== lane.state) column.card.dataset.state = lane.state;
     setText(column.state, STATES[lane.state]);
     setText(column.placeholder, lane.tokens.length ? '' : placeholderText(lane));
     column.cover.hidden = lane.covered === null;
     drawBadge(column.badge, lane);
     addTokens(column, lane);
+    if (ends) toTheTop(column);
     if (column.width) drawTrace(column, lane, view);
     setText(column.summary, summaryText(lane, view));
     const work = lane.overhead === null || !lane.speed ? '' : lane.defended ? ` · +${(100 * lane.overhead).toFixed(lane.overhead < 0.1 ? 1 : 0)} % work` : ' · baseline';
@@ -25,6 +27,7 @@ function paint(view) {
     column.speed.title = work && lane.defended ? 'Counted: blocks times positions that this lane computed beyond an undefended answer of the same length' : '';
   });
   setText(find('.verdict'), view.verdict || (view.run === 'empty' ? 'Pick an example or ask something: what happens is said here in plain words.' : view.lanes.some(lane => ['error', 'memory'].includes(lane.state)) ? 'This run failed.' : 'Running …'));
+  find('.int8').hidden = !(view.about.model || '').includes('int8');
   drawLayers(view);
   drawKeep(view);
   remember(view);

@@ -25,6 +25,12 @@ function remember(view) {
   listRuns();
 }
 
+// What tells runs apart: several examples have the same prompt.
+function titleOf({about}) {
+  const what = about.example || (about.image || '').replace(/, \d+ × \d+$/, '');
+  return (what ? what + ': ' : '') + (about.prompt || 'no prompt');
+}
+
 function listRuns() {
   historyBox.hidden = !past.length;
   historyList.replaceChildren();
@@ -35,7 +41,7 @@ function listRuns() {
     box.checked = picked.includes(view.run);
     box.setAttribute('aria-label', `Compare run ${past.length - i}`);
     const words = html('span', 'words', row);
-    html('b', '', words, view.about.prompt || 'no prompt');
+    html('b', '', words, titleOf(view));
     html('span', '', words, view.verdict);
     html('small', '', row, `${(view.about.date || '').slice(11, 16)} · ${view.about.model || ''} · ${view.lanes.length} columns`);
     box.addEventListener('change', () => {
@@ -53,7 +59,7 @@ function compareRuns() {
   compareBox.replaceChildren();
   for (const view of two) {
     const side = html('section', 'side', compareBox);
-    html('h3', '', side, view.about.prompt || 'no prompt');
+    html('h3', '', side, titleOf(view));
     html('p', 'muted', side, `${view.about.model || ''} · ${view.about.image || 'no image'} · ${(view.about.date || '').replace('T', ' ').slice(0, 16)}`);
     html('p', '', side, view.verdict);
     for (const lane of view.lanes) {

@@ -77,7 +77,7 @@ function describe(column, lane, i) {
   for (const mark of lane.marks) {
     if (mark.token === i) html('span', 'event', first, markText(mark, marks.of(lane.name, 'sapt')));
   }
-  if (i === 0 && lane.badge && lane.badge.p !== null) html('span', 'event', first, badgeText(lane));
+  if (i === 0 && lane.badge && lane.badge.p !== null) html('span', 'event', first, badgeText(lane, marks.of(lane.name, 'sasa')));
   const others = (lane.others[i] || []).filter(pair => pair[0] !== lane.tokens[i]).slice(0, 3);
   const second = html('div', 'others', box);
   if (!others.length) return;

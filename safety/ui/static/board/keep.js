@@ -12,7 +12,7 @@ function offer(name, type, content) {
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  setText(kept, `Saved ${name}`);
+  setText(kept, `Saved ${name}` + (shown.about.picture ? ', with a small copy of the picture' : ''));
 }
 
 const stamp = view => (view.about.date || '').slice(0, 19).replace(/[:T]/g, '-') || 'run';
@@ -25,7 +25,7 @@ article{border:1px solid #dfe3e8;border-radius:10px;padding:14px}h2{font-size:1.
 .muted{color:#55616d;font-size:.88rem}svg{width:100%;height:auto}svg text{font:10px monospace;fill:#55616d}
 .grid{stroke:#dfe3e8}.alarm{fill:#b3470014}.threshold{stroke:#b34700;stroke-dasharray:5 4}.area{fill:#0072b2;opacity:.1}
 .line{fill:none;stroke:#0072b2;stroke-width:2}.above{fill:#b34700}.check{fill:#fff;stroke:#aa4488;stroke-width:2}
-.check.fired,.inject{fill:#aa4488}.inject-line{stroke:#aa4488;stroke-dasharray:2 3}.head,.cursor,.spot{display:none}dt{font-weight:600}dd{margin:0 0 6px}`;
+.check.fired,.inject{fill:#aa4488}.inject-line{stroke:#aa4488;stroke-dasharray:2 3}.head,.cursor,.spot{display:none}.banner{border-left:4px solid #b34700;background:#b3470014;padding:8px 12px}figure{margin:0 0 16px}figure img{max-width:320px;border:1px solid #dfe3e8}dt{font-weight:600}dd{margin:0 0 6px}`;
 
 // Built node by node with textContent and then written out, so whatever a model or a visitor wrote is escaped.
 function pageOf(view) {
@@ -39,11 +39,23 @@ function pageOf(view) {
   };
   const rules = make('meta', '', page.head);
   rules.httpEquiv = 'Content-Security-Policy';
-  rules.content = "default-src 'none'; style-src 'unsafe-inline'";
+  rules.content = "default-src 'none'; style-src 'unsafe-inline'; img-src data:";
   make('meta', '', page.head).setAttribute('charset', 'utf-8');
   make('style', '', page.head, PAGE_STYLE);
   make('h1', '', page.body, 'Safety, side by side: a saved run');
   make('p', '', page.body, view.verdict);
+  const line = alarmOf(view), moved = line !== view.threshold || Object.keys(marks.moved).length > 0;
+  if (moved) {
+    make('p', 'banner', page.body, 'Re-marked: a threshold was moved after this run, and the model was not asked again. '
+      + 'The answers and each column\'s status are what the run gave; what the moved thresholds would do is said beside it.'
+      + (line === view.threshold ? '' : ` Words and traces are marked at the alarm line ${line.toFixed(2)}; the run had ${view.threshold.toFixed(2)}.`));
+  }
+  if (view.about.picture) {
+    const figure = make('figure', '', page.body), picture = make('img', '', figure);
+    picture.src = view.about.picture;
+    picture.alt = 'The picture that the model was given';
+    make('figcaption', 'muted', figure, 'The picture that the model was given, made smaller.');
+  }
   const facts = make('dl', '', page.body);
   const told = {Model: view.about.model, Prompt: view.about.prompt, Image: view.about.image || 'none', Date: view.about.date,
                 'Longest answer': view.about.max_new_tokens, Sampling: JSON.stringify(view.about.sampling)};
@@ -56,9 +68,10 @@ function pageOf(view) {
   view.lanes.forEach((lane, i) => {
     const card = make('article', '', box);
     make('h2', '', card, lane.name);
-    make('p', 'muted', card, [lane.chips.map(chip => chip.label).join(' · '), lane.badge && lane.badge.p !== null ? badgeText(lane) : ''].filter(Boolean).join(' · '));
+    const sasa = marks.of(lane.name, 'sasa'), judged = lane.badge && lane.badge.p !== null;
+    make('p', 'muted', card, [STATES[lane.state], lane.chips.map(chip => chip.label).join(' · '), judged ? badgeText(lane) : ''].filter(Boolean).join(' · '));
+    if (judged && sasa !== undefined) make('p', 'muted', card, `Re-marked: ${badgeText(lane, sasa)}`);
     const answer = make('p', 'answer', card);
-    const line = alarmOf(view);
     lane.tokens.forEach((token, k) => {
       if (lane.marks.some(mark => mark.type === 'injection' && mark.token === k)) make('span', 'flag', answer, '▲ reminder');
       make('span', line !== null && lane.harm[k] !== null && lane.harm[k] >= line ? 'over' : '', answer, token);
@@ -66,7 +79,9 @@ function pageOf(view) {
     const drawing = columns[i].plot.cloneNode(true);
     drawing.removeAttribute('class');
     card.append(page.adoptNode(drawing));
-    make('p', '', card, summaryText(lane, view));
+    make('p', '', card, lane.summary);
+    const again = summaryText(lane, view);
+    if (again !== lane.summary) make('p', '', card, again);
     make('p', 'muted', card, columns[i].speed.textContent);
   });
   make('p', 'muted', page.body, 'Harm probabilities come from a small detector and can be wrong both ways. For research on model safety: nothing here is advice.');

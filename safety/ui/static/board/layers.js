@@ -1,5 +1,6 @@
 // Where safe and unsafe requests part inside the model, for this very request: P(harm) behind every block.
 const layersBox = find('.layers');
+const TRUSTED = 0.8;  // AUROC from which a block's probe is believed
 let layersDrawn = '';
 
 function drawLayers(view) {
@@ -19,9 +20,10 @@ function drawLayers(view) {
     if (block % 5 === 0) svg('text', {class: 'tick', x: (block + 0.5) * cell, y: height + 11, 'text-anchor': 'middle'}, plot).textContent = block;
   });
   svg('line', {class: 'grid', x1: 0, x2: values.length * cell, y1: height / 2, y2: height / 2}, plot);
-  const peak = values.indexOf(Math.max(...values));
+  const trusted = values.map((p, block) => (trust[block] ?? 1) >= TRUSTED ? p : -1), peak = trusted.indexOf(Math.max(...trusted));
   const words = `P(harm) behind each block, 0 to ${values.length - 1}: up is harmful, down is safe, faint where the block's probe is little better than chance. `
-    + `Highest behind block ${peak}: ${values[peak].toFixed(2)}.`;
+    + (trusted[peak] < 0 ? 'No block\'s probe can be relied on here.' : `Highest behind block ${peak}: ${values[peak].toFixed(2)}`
+      + (trust.length ? ` (of those right on held-out requests, AUROC ≥ ${TRUSTED}).` : '.'));
   setText(layersBox.querySelector('figcaption span'), words);
   plot.setAttribute('aria-label', words);
 }

@@ -50,8 +50,8 @@ function compared(p, t, over) {
   return `${p.toFixed(digits)} ${over ? '≥' : '<'} ${t.toFixed(digits)}`;
 }
 
-function badgeText(lane) {
-  const gate = lane.badge, moved = marks.of(lane.name, 'sasa'), fired = reached(gate, moved);
+function badgeText(lane, moved) {
+  const gate = lane.badge, fired = reached(gate, moved);
   const told = moved === undefined ? (fired ? 'refused' : 'passed') : fired ? 'would refuse' : 'would pass';
   return `SASA ${compared(gate.p, moved ?? gate.t, fired)} → ${told}`;
 }
@@ -62,7 +62,7 @@ function drawBadge(badge, lane) {
   if (!gate) return;
   const waiting = gate.p === null;
   badge.className = 'badge ' + (waiting ? 'pending' : reached(gate, marks.of(lane.name, 'sasa')) ? 'fired' : 'passed');
-  setText(badge, waiting ? 'SASA judges the prompt …' : badgeText(lane));
+  setText(badge, waiting ? 'SASA judges the prompt …' : badgeText(lane, marks.of(lane.name, 'sasa')));
 }
 
 function summaryText(lane, view) {
