@@ -5,14 +5,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safety.errors import UserError
-from safety.settings import Sampling
+from safety.flags import count
+from safety.settings import Lane, Sampling, check_length
+
+if TYPE_CHECKING:
+    from safety.artifacts import Artifacts
+    from safety.engine import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. A UserError becomes one sentence on stderr and status 2."""
+    """Run one command; returns the exit status. A UserError, or a file or disk that fails, becomes one sentence on
+    stderr and status 2."""
     parser = argparse.ArgumentParser(prog="python -m safety", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="answer one or many requests in several lanes")
@@ -34,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     share.add_arguments(commands.add_parser("artifacts", help="list, push, pull or transfer artifacts"), _add_model)
     bench = commands.add_parser("bench", help="measure speed ratios on this machine")
     bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    bench.add_argument("--repeats", type=int, default=5, help="measurements of each row (default 5)")
+    bench.add_argument("--repeats", type=count, default=5, help="measurements of each row (default 5)")
     bench.add_argument("--gpu", action="store_true", help="LLaVA-1.5-7B, random weights, on a GPU: bf16 and 4 bits")
     bench.add_argument("--tiny", action="store_true", help="with --gpu: try it out on a small model, on a CPU too")
     bench.add_argument("--out", type=Path, default=Path("build/bench_gpu.json"), help="with --gpu: where results go")
@@ -68,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}. Check the path, its permissions and the free space.",
+              file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -89,7 +100,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", help="what to ask")
     what.add_argument("--requests", type=Path, metavar="FILE.jsonl",
                       help='many requests, one {"prompt": …, "image": …} per line; one JSON object per line comes out')
-    parser.add_argument("--lanes", default="none,all", help="out of none, sasa, revision, sapt, all (default none,all)")
+    parser.add_argument("--lanes", default="none,all",
+                        help="none, sasa, revision, sapt, all, stacks such as sasa+sapt, and settings such as "
+                             "sapt:threshold=0.7 (default none,all)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 (default) is greedy")
     parser.add_argument("--top-p", type=float, default=Sampling.top_p)
@@ -104,20 +117,27 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from safety.artifacts import load_artifacts
+    from safety.artifacts import Artifacts, Settings, load_artifacts
     from safety.engine import Engine
+    from safety.settings import Revision, Sapt, Sasa
     if arguments.requests is not None and arguments.image is not None:
         raise UserError("With --requests, give each image in its line of the file instead of --image.")
-    requests = _read_requests(arguments.requests) if arguments.requests else [(arguments.prompt, arguments.image)]
+    # All that needs no model is refused before one is loaded.
+    lines = _read_lines(arguments.requests) if arguments.requests else [(1, "")]
+    asked = None if arguments.requests else _single_request(arguments.prompt, arguments.image)
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    sampling.check()
+    check_length(arguments.max_new_tokens)
+    _lanes(arguments.lanes, Artifacts(settings=Settings(Sasa(0, 1), Revision(0), Sapt())))
     lvlm = _load(arguments)
     engine = Engine(lvlm, load_artifacts(lvlm, arguments.artifacts))
-    lanes = engine.artifacts.standard_lanes(arguments.lanes)
+    lanes = _lanes(arguments.lanes, engine.artifacts)
     failed = False
-    for number, (prompt, image) in enumerate(requests, 1):
+    for number, line in lines:
         try:
-            answers = engine.answer(prompt, image, lanes=lanes, max_new_tokens=arguments.max_new_tokens,
-                                    sampling=sampling)
+            request = asked or _request(line, arguments.requests.parent)
+            answers = engine.answer(request.prompt, request.image, lanes=lanes, sampling=sampling,
+                                    max_new_tokens=arguments.max_new_tokens)
         except UserError as error:
             if arguments.requests is None:
                 raise
@@ -135,27 +155,55 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def _read_requests(path: Path) -> list[tuple[str, Path | None]]:
-    """Lines of {"prompt": text, "image": path or nothing}; image paths are relative to the file."""
+def _lanes(spec: str, artifacts: "Artifacts") -> list[Lane]:
+    """Lanes as `evaluate` writes them, with the settings of these artifacts.
+
+    Raises:
+        UserError: an unknown lane or setting, a defense that is not calibrated, or a lane that only `evaluate` has,
+            because it changes the request or the artifacts.
+    """
+    from safety.evaluate.arms import parse_arms
+    arms = parse_arms(spec, lambda folder: artifacts)
+    for arm in arms:
+        if arm.folder is not None:
+            raise UserError(f"Lane {arm.name!r}: here all lanes share the artifacts of --artifacts. Leave artifacts= "
+                            "out, or use python -m safety evaluate.")
+        if arm.safety_prompt or arm.blank_image or arm.swapped:
+            raise UserError(f"Lane {arm.name!r} is a baseline of python -m safety evaluate, which changes the request "
+                            "or the artifacts. Choose from none, sasa, revision, sapt, all and stacks of them.")
+    return [arm.lane for arm in arms]
+
+
+def _single_request(prompt: str, image: Path | None) -> "Request":
+    from safety.engine import Request
+    from safety.inputs import check_prompt, open_image
+    return Request(check_prompt(prompt, []), open_image(image) if image else None)
+
+
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number from 1, text) of a file's lines that are not blank."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The requests file {path} could not be read: {error}.") from error
-    requests = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, image = row["prompt"], row.get("image")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'Line {number} of {path} is not a JSON object with a "prompt".') from error
-        if image is not None and not isinstance(image, str):
-            raise UserError(f'Line {number} of {path}: "image" must be a path.')
-        requests.append((prompt, path.parent / image if image else None))
-    if not requests:
+    # Not splitlines(): JSON strings may hold other line separators as they are.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
         raise UserError(f'{path} holds no requests. Write one {{"prompt": …}} per line.')
-    return requests
+    return lines
+
+
+def _request(line: str, folder: Path) -> "Request":
+    """The request of a line {"prompt": text, "image": path or nothing}; image paths are relative to the folder."""
+    from safety.engine import Request
+    try:
+        row = json.loads(line)
+        prompt, image = row["prompt"], row.get("image")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError('This is not a JSON object with a "prompt".') from error
+    if image is not None and not isinstance(image, str):
+        raise UserError('"image" must be a path.')
+    return Request(prompt, folder / image if image else None)
 
 
 if __name__ == "__main__":

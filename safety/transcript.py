@@ -115,10 +115,10 @@ class Answer:
 
     def summary(self) -> str:
         """One sentence for people, such as "Crossed 0.90 at token 34; 1 injection; refusal began at 41."."""
-        gate = next((event for event in self.events if event.type == "gate" and event.fired), None)
-        if gate:
+        gate = next((event for event in self.events if event.type == "gate"), None)
+        if gate and gate.fired:
             return f"SASA refused before the first token: P(harm) {gate.probability:.2f} ≥ {gate.threshold:.2f}."
-        parts = []
+        parts = [f"SASA let it pass, P(harm) {gate.probability:.2f} < {gate.threshold:.2f}"] if gate else []
         if any(p is not None for p in self.harm):
             parts.append(f"stayed below {self.trace_threshold:.2f} in {len(self.tokens)} tokens" if self.crossed is None
                          else f"crossed {self.trace_threshold:.2f} at token {self.crossed}")

@@ -8,7 +8,6 @@ from tiny import random_artifacts, tiny_llava
 
 from safety import __main__ as cli
 from safety.artifacts import save_artifacts
-from safety.errors import UserError
 from safety.refusal import refusal_start
 from safety.transcript import Answer, Event, Step
 
@@ -73,11 +72,55 @@ def test_bad_flags_give_a_sentence_and_status_2(generate, flags, message):
     assert status == 2 and message in err and "Traceback" not in err and not out
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"prompt": "a", "image": 3}', "not json"])
-def test_bad_request_files_are_refused(tmp_path, text):
-    (tmp_path / "r.jsonl").write_text(text)
-    with pytest.raises(UserError):
-        cli._read_requests(tmp_path / "r.jsonl")
+def test_malformed_lines_are_answered_in_their_place_and_numbered_as_in_the_file(generate, tmp_path):
+    bad = ["[1]", "{}", '{"prompt": "a", "image": 3}', "not json"]
+    (tmp_path / "r.jsonl").write_text("\n".join(['{"prompt": "one\u2028two"}', "", *bad, '{"prompt": "b"}']))
+    status, out, err = generate("--requests", str(tmp_path / "r.jsonl"), "--lanes", "none")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 2 and ["error" in line for line in lines] == [False, True, True, True, True, False]
+    assert all(line["model"] == "tiny" for line in lines)
+    assert [f"line {number}:" in err for number in range(1, 8)] == [False, False, True, True, True, True, False]
+
+
+def test_a_file_without_requests_is_refused(generate, tmp_path):
+    (tmp_path / "r.jsonl").write_text("\n \n")
+    status, out, err = generate("--requests", str(tmp_path / "r.jsonl"))
+    assert status == 2 and "holds no requests" in err and not out
+
+
+def test_lanes_are_written_as_in_an_evaluation(generate):
+    status, out, _ = generate("--prompt", "a", "--lanes", "none,sasa+sapt,sapt:threshold=0:interval=2", "--json")
+    lanes = {lane["name"]: lane for lane in json.loads(out)["lanes"]}
+    assert status == 0 and list(lanes) == ["none", "sasa+sapt", "sapt:threshold=0:interval=2"]
+    assert lanes["sapt:threshold=0:interval=2"]["events"][0]["threshold"] == 0
+    assert lanes["sasa+sapt"]["events"][0]["type"] == "gate"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--lanes", "none,sasaa"], "'sasaa'. Choose from none, sasa"), (["--lanes", "sapt:depth=1"], "no setting 'depth'"),
+    (["--lanes", "sapt:interval=x"], "a whole number"), (["--lanes", "sapt:artifacts=x"], "share the artifacts"),
+    (["--lanes", "safety-prompt"], "baseline"), (["--lanes", "random-vector"], "baseline"), (["--top-p", "7"], "Top-p"),
+    (["--max-new-tokens", "0"], "new tokens"), (["--image", "no-such.png"], "'no-such.png' was not found")])
+def test_what_needs_no_model_is_refused_before_one_is_loaded(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(cli, "_load", lambda arguments: pytest.fail("a model is loaded"))
+    assert cli.main(["generate", "--prompt", "a", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cli, "_load", lambda arguments: (tmp_path / "file" / "out").mkdir())
+    assert cli.main(["generate", "--prompt", "a"]) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {tmp_path}/file/out: Not a directory. Check the path, its permissions and the free space.\n"
+
+
+@pytest.mark.parametrize("flags", [["bench", "--repeats", "0"], ["bench", "--repeats", "-1"],
+                                   ["bench", "--repeats", "two"]])
+def test_counts_start_at_one(capsys, flags):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(flags)
+    assert stopped.value.code == 2 and "a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [
@@ -114,4 +157,6 @@ def test_answers_sum_themselves_up():
     assert answer_of(["Hi", "!"], [0.1, 0.2]).summary() == "Stayed below 0.90 in 2 tokens; no refusal."
     gate = answer_of(["I'm sorry"], [0.1], [Event("gate", 0, 0.97, 0.5, True)])
     assert gate.summary() == "SASA refused before the first token: P(harm) 0.97 ≥ 0.50."
+    passed = answer_of(["Hi", "!"], [0.1, 0.2], [Event("gate", 0, 0.6, 0.82, False)])
+    assert passed.summary() == "SASA let it pass, P(harm) 0.60 < 0.82; stayed below 0.90 in 2 tokens; no refusal."
     assert answer.tokens_per_second == pytest.approx(8 / 0.7)
