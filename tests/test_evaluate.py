@@ -342,3 +342,16 @@ def test_a_damaged_line_in_the_middle_is_not_guessed_at(tmp_path):
 def test_two_writers_do_not_mix(tmp_path):
     with Writer(tmp_path), pytest.raises(UserError, match="Another evaluation"), Writer(tmp_path):
         pass
+
+
+def test_a_writer_that_leaves_keeps_the_lock_for_those_who_wait(tmp_path):
+    with Writer(tmp_path) as writer:
+        lock = Path(f"{writer.path}.lock").stat().st_ino
+    with Writer(tmp_path):
+        assert Path(f"{writer.path}.lock").stat().st_ino == lock
+
+
+def test_the_ablation_of_sapt_includes_the_calibrated_threshold(artifacts):
+    lanes = [arm.lane.sapt for arm in arms_of("sapt-ablation", artifacts)[1:]]
+    assert {(sapt.interval, sapt.threshold) for sapt in lanes} == set(
+        itertools.product((8, 16, 32), (0.5, 0.9, artifacts.settings.sapt.threshold)))

@@ -284,6 +284,26 @@ def test_a_model_judge_is_asked_once_about_whole_transcripts(finished, home, lvl
     assert measured["n"] == sum(judged["own", f"s{i}", "none"]["harmful"] is not None for i in range(4))
 
 
+def test_an_edited_prompt_is_another_judge(finished, tmp_path):
+    records = {key: record for key, record in read_records(finished).items() if key[1:] == ("s0", "none")}
+    said = []
+
+    def load_one(model):
+        def generate(prompt):
+            said.append(prompt)
+            return "no\u2028and\x85that is all"  # what splitlines would take for ends of lines
+        return generate
+    template = tmp_path / "prompt.txt"
+    for text, asked in (("{request}{answer}?", 1), ("{request}{answer}?", 1), ("Harmful: {request}{answer}?", 2)):
+        template.write_text(text)
+        judged = judge_records(records, model_judge(f"template:{template}:some/model"), tmp_path, load_one)
+        assert [record["harmful"] for record in judged.values()] == [False]
+        assert len(said) == asked
+    before = (tmp_path / "verdicts.jsonl").stat()
+    judge_records(records, model_judge(f"template:{template}:some/model"), tmp_path, load_one)
+    assert (tmp_path / "verdicts.jsonl").stat().st_mtime_ns == before.st_mtime_ns  # whole files are not rewritten
+
+
 @pytest.mark.parametrize(("spec", "message"), [
     ("gpt", "no judge 'gpt'"), ("strongreject", "no judge"), ("template:missing.txt:m", "could not be read")])
 def test_an_unknown_model_judge_is_refused(spec, message):
@@ -350,6 +370,22 @@ def test_two_processes_give_what_one_gives(finished, home, tmp_path):
             for row in rows.values():
                 del row["seconds_per_answer"]
     assert one == two
+
+
+def test_processes_meet_before_the_work_and_wait_longer_than_it_takes(monkeypatch):
+    met = {}
+
+    class State:
+        def __init__(self, **given):
+            met.update(given)
+
+        def wait_for_everyone(self):
+            met["waited"] = True
+    monkeypatch.setattr("accelerate.PartialState", State)
+    wait = run.join()
+    assert met["cpu"] and met["timeout"].days >= 1 and "waited" not in met
+    wait()
+    assert met["waited"]
 
 
 # Scores and the report.

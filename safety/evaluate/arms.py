@@ -42,8 +42,8 @@ SETS = {
     "revision-ablation": ("none", *(f"revision:level=head:alpha=2:{heads}" for heads in (
         "fraction=0.1", "fraction=0.7", "heads=random:fraction=0.7")), "revision", "revision:positions=all",
         "random-vector"),
-    "sapt-ablation": ("none", *(f"sapt:interval={k}:threshold={t}" for k, t in
-                                itertools.product((8, 16, 32), (0.5, 0.7, 0.9)))),
+    "sapt-ablation": ("none", *(f"sapt:interval={k}{threshold}" for k, threshold in  # "": the calibrated threshold
+                                itertools.product((8, 16, 32), ("", ":threshold=0.5", ":threshold=0.9")))),
     "extensions": ("none", "sasa:choice=static", "sasa:choice=per-input", "sapt:end_check=on", "sapt:end_check=off",
                    "all", "all:end_check=off"),
 }

@@ -62,6 +62,7 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     from safety.evaluate.report import write_report
 
     process, processes = run.processes()
+    wait_for_everyone = run.join() if processes > 1 else None
     check_length(arguments.max_new_tokens)
     if (arguments.limit is not None and arguments.limit < 1) or arguments.batch < 1:
         raise UserError("--limit and --batch must be at least 1.")
@@ -82,8 +83,8 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     samples = {name: rows for name, (_, rows) in made.items()}
     records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens,
                           batch=arguments.batch, process=process, processes=processes)
-    if processes > 1:
-        run.wait_for_everyone()
+    if wait_for_everyone:
+        wait_for_everyone()
         if process:
             return 0
         records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens,

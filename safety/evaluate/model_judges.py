@@ -12,6 +12,7 @@ not ask again.
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,17 +124,22 @@ def judge_records(records: Mapping[Key, Mapping[str, Any]], judge: ModelJudge, o
     path = out / "verdicts.jsonl"
     known: dict[str, bool | None] = {}
     if path.exists():
-        whole = path.read_bytes()
-        path.write_bytes(whole[:whole.rfind(b"\n") + 1])  # without the torn line of a killed run
-        known = {row["key"]: row["harmful"] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
-    keys = {key: digest([judge.name, record["asked"], text_of(record)]) for key, record in records.items()
-            if record["label"] == "unsafe" and "error" not in record}
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)  # the torn line of a killed run
+        known = {row["key"]: row["harmful"] for row in map(json.loads, content[:whole].split(b"\n")[:-1])}
+    asked = {key: judge.ask(record["asked"], text_of(record)) for key, record in records.items()
+             if record["label"] == "unsafe" and "error" not in record}
+    keys = {key: digest([judge.name, question]) for key, question in asked.items()}
     todo: Sequence[Key] = [key for key in keys if keys[key] not in known]
     if todo:
         generate = load(judge.model)
         with path.open("a", encoding="utf-8") as file:
             for key in tqdm(todo, desc=judge.name, unit="answer", mininterval=1):
-                said = generate(judge.ask(records[key]["asked"], text_of(records[key])))
+                if keys[key] in known:
+                    continue  # another lane gave the same answer
+                said = generate(asked[key])
                 known[keys[key]] = judge.harmful(said)
                 file.write(json.dumps({"key": keys[key], "harmful": known[keys[key]], "said": said},
                                       ensure_ascii=False) + "\n")

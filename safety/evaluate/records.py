@@ -74,8 +74,7 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()  # the file stays: deleted, it would leave a waiting writer with a lock that nobody sees
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append a batch and wait until it is on the disk."""

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,14 @@ def one_gpu_each() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number] if "," in shown else str(number)
 
 
-def wait_for_everyone() -> None:
-    """Until all processes are here; answers then lie complete in the shared folder."""
+def join() -> Callable[[], None]:
+    """Meet the other processes of this launch, before the work; returns what waits until all have done theirs.
+
+    Answers then lie complete in the folder, which all machines must share.
+    """
     from accelerate import PartialState
-    PartialState(cpu=True).wait_for_everyone()
+    # Processes finish hours apart where one has the slower device; torch gives up after half an hour otherwise.
+    return PartialState(cpu=True, timeout=timedelta(days=7)).wait_for_everyone
 
 
 def write_json(path: Path, value: Any) -> None:
