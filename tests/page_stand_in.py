@@ -48,7 +48,9 @@ class StandInEngine:
             lock=threading.Lock(),
         )
         self.artifacts = SimpleNamespace(
-            sasa=SimpleNamespace(pairs=[(12, 14), (13, 15), (16, 20)]),
+            sasa=SimpleNamespace(
+                pairs=[(12, 14), (13, 15), (16, 20)], thresholds={"13-15": 0.5, "16-20": 0.7, "clean": 0.3}
+            ),
             revision=SimpleNamespace(layers=list(range(8, 25))),
             sapt=SimpleNamespace(length=4, detectors={"joint": None}),
             check=lambda lane, blocks: None,

@@ -27,6 +27,11 @@ def test_app_says_when_the_host_is_unknown(capsys: pytest.CaptureFixture[str]) -
     assert "is not an address" in capsys.readouterr().err
 
 
+def test_app_says_when_the_artifacts_folder_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["--port", "18767", "--artifacts", "/nowhere/at/all"]) == 2
+    assert "there is no folder /nowhere/at/all" in capsys.readouterr().err
+
+
 def test_app_opens_the_page_although_the_model_cannot_be_loaded(
     monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

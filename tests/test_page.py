@@ -79,6 +79,18 @@ def test_a_benign_prompt_passes_the_gate_in_two_columns(page: Any) -> None:
     assert page.locator(".token.over").count() == 0
 
 
+def test_a_threshold_that_was_not_moved_goes_with_the_probe(page: Any) -> None:
+    page.click(".defense-sasa .settings")
+    threshold, selects = page.locator(".defense-sasa .number >> nth=0"), page.locator(".defense-sasa select")
+    selects.nth(0).select_option(label="safety block 16, fused block 20")
+    assert threshold.input_value() == "0.7"
+    selects.nth(1).select_option(label="Probe only")
+    assert threshold.input_value() == "0.3"
+    threshold.fill("0.4")
+    selects.nth(1).select_option(label="Gate (the paper)")
+    assert threshold.input_value() == "0.4"
+
+
 def test_a_badge_shows_the_digits_that_tell_it_from_the_threshold(page: Any) -> None:
     page.click(".defense-sasa .settings")
     page.fill(".defense-sasa .number >> nth=0", "0.9704")
@@ -124,6 +136,15 @@ def test_stop_keeps_the_text_and_run_works_at_once(page: Any, engine: StandInEng
     start(page)
     wait_for_end(page)
     assert states(page) == ["done", "refused"] and engine.overlaps == 1
+
+
+def test_a_long_answer_ends_at_its_first_line(page: Any, engine: StandInEngine) -> None:
+    engine.delay, engine.words = 0.01, ["several", "words", "more"] * 30
+    ask(page, "Hello?")
+    wait_for_end(page)
+    offset = """() => document.querySelector('.lane .body').getBoundingClientRect().top
+        - document.querySelector('.lane .text').getBoundingClientRect().top"""
+    page.wait_for_function(f"() => Math.abs(({offset})()) < 4")
 
 
 def test_run_during_a_run_starts_afresh(page: Any, engine: StandInEngine) -> None:

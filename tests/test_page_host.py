@@ -1,5 +1,7 @@
 """What stands behind the page, without a browser: loading in the background, the line, limits, public mode, words."""
 
+import base64
+import io
 import threading
 import time
 from collections import Counter
@@ -22,6 +24,7 @@ from safety.ui.host import Choice, Host, Loader
 from safety.ui.line import Line, RateLimit
 from safety.ui.live import BUG, LiveRun
 from safety.ui.mode import PRIVATE, PUBLIC, Mode, mode_of, visitor
+from safety.ui.presets import PRESETS
 from safety.ui.story import explanations
 from safety.ui.top import measured, top_view
 from safety.ui.words import overhead, verdict
@@ -218,6 +221,23 @@ def test_a_prompt_that_cannot_be_asked_leaves_the_columns_alone() -> None:
         assert view is None and words in message
 
 
+def test_a_run_remembers_its_example_and_a_small_copy_of_its_picture() -> None:
+    handlers, preset = Handlers(Host(engine())), PRESETS[0]
+    about = outcome(handlers, preset.prompt, path=str(preset.image))[0]["about"]  # type: ignore[index]
+    assert about["example"] == preset.title and about["picture"].startswith("data:image/jpeg;base64,")
+    small = Image.open(io.BytesIO(base64.b64decode(about["picture"].partition(",")[2])))
+    assert max(small.size) == 320 and len(about["picture"]) < 40_000
+    about = outcome(handlers, "Hello?")[0]["about"]  # type: ignore[index]
+    assert about["example"] is None and about["picture"] is None
+
+
+def test_a_link_says_what_did_not_fit() -> None:
+    event: Any = type("Event", (), {"_data": {"prompt": "Hi", "dropped": ["SASA: Layers", "Seed"]}})()
+    assert Handlers(Host(engine())).restore(event)[2].endswith("left as it was: SASA: Layers, Seed.")
+    event._data["dropped"] = []
+    assert Handlers(Host(engine())).restore(event)[2] == ""
+
+
 def test_the_rate_limit_comes_before_the_picture_and_a_full_line_costs_no_run(tmp_path: Any, monkeypatch: Any) -> None:
     opened: list[str] = []
     real = handlers_module.open_image
@@ -362,6 +382,8 @@ def test_a_lanes_extra_work_is_counted() -> None:
     assert overhead(Lane("x", revision=Revision(3)), answer("w " * 20), 30, 4) == pytest.approx(1 / 120)
     assert overhead(Lane("x", Sasa(9, 11)), answer("w " * 20), 30, 4) == pytest.approx(20 * 100 / (30 * 120))
     assert overhead(Lane("x"), answer(""), 30, 4) is None
+    chosen = overhead(Lane("x", Sasa(9, 11, choice="per-input")), answer("w " * 20), 30, 4, [(9, 11), (19, 21)])
+    assert chosen == pytest.approx((20 + 10) * 100 / (30 * 120))  # every pair's stream is computed to choose one
 
 
 def test_the_measurements_come_from_the_artifacts() -> None:

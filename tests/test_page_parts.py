@@ -136,6 +136,11 @@ def test_bounds_come_from_the_model_and_artifacts() -> None:
     assert knobs_of(StandInEngine(), 64)["sampling"][0]["max"] == 64  # type: ignore[arg-type]
 
 
+def test_sasas_thresholds_are_told_per_way_to_judge() -> None:
+    sasa, revision, _ = knobs_of(StandInEngine())["defenses"]  # type: ignore[arg-type]
+    assert sasa["thresholds"] == {"13-15": 0.5, "16-20": 0.7, "clean": 0.3} and revision["thresholds"] == {}
+
+
 def test_nothing_is_public_or_fetched() -> None:
     page = build_page(StandInEngine())  # type: ignore[arg-type]
     assert all(event["api_visibility"] == "private" for event in page.get_config_file()["dependencies"])

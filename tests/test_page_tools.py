@@ -128,10 +128,13 @@ def test_columns_are_added_swept_set_to_the_papers_and_removed(shared: Any, engi
     shared.select_option(".sweep select", label="Revision: Strength α")
     for name, value in (("From", "0"), ("To", "3"), ("Columns", "4")):
         shared.locator(".sweep").get_by_label(name, exact=True).fill(value)
+    assert shared.locator(".sweep select >> nth=1 >> option").all_inner_texts() == ["Mine", "no other defense"]
     shared.click(".sweep button")
     shared.click("[data-layout=sweep]")
     ask(shared, "Hello?")
     wait_for_end(shared)
+    for lane in engine.requests[-1]["lanes"][1:]:  # all else as in "Mine"
+        assert lane.sapt == mine.sapt and lane.sasa is None
     assert [lane.revision.alpha for lane in engine.requests[-1]["lanes"][1:]] == [0, 1, 2, 3]
     shared.click("[data-layout=each]")
     for _ in range(3):
@@ -164,6 +167,19 @@ def test_a_link_restores_settings_prompt_and_example(shared: Any, browser: Any, 
         page.wait_for_selector(".notice:visible")
         assert "could not be read" in page.locator(".notice").inner_text()
         assert page.locator(".lane-card").count() == 1
+    unfit = shared.evaluate(
+        """() => {
+            const detail = {};
+            window.dispatchEvent(new CustomEvent('safety:link', {detail}));
+            const [head, code] = detail.link.split('#s='), plain = code.replace(/-/g, '+').replace(/_/g, '/');
+            const told = JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(plain), sign => sign.charCodeAt(0))));
+            told.form.lanes[0].revision.layer = 99;
+            return `${head}#s=${btoa(String.fromCharCode(...new TextEncoder().encode(JSON.stringify(told))))}`;
+        }"""
+    )
+    with opened(browser, unfit) as page:
+        page.wait_for_selector(".notice:visible")
+        assert "left as it was: Revision: Layer." in page.locator(".notice").inner_text()
 
 
 def test_exports_hold_the_run_and_escape_everything(
@@ -189,6 +205,17 @@ def test_exports_hold_the_run_and_escape_everything(
     assert page.locator(".answer").first.inner_text().startswith('<img src=x onerror="window.harmed=1">')
     assert page.locator("article img, article b, script").count() == 0 and page.evaluate("window.harmed") is None
     assert "<b>Make</b> a list" in page.locator("dl").inner_text()
+    assert page.locator("figure img").evaluate("img => img.complete && img.naturalWidth > 100")
+    assert page.locator(".banner").count() == 0 and page.locator("article").first.inner_text().count("Done") == 1
+    set_range(shared, ".alarm-knob input", 0.01)
+    with shared.expect_download() as saved:
+        shared.click(".save-html")
+    shared.click(".alarm-knob button")
+    saved.value.save_as(tmp_path / "again.html")
+    page.goto((tmp_path / "again.html").as_uri())
+    assert "alarm line 0.01; the run had 0.90" in page.locator(".banner").inner_text()
+    first = page.locator("article").first.inner_text()
+    assert "no refusal" in first and "Re-marked, not re-run: at 0.01" in first
     page.close()
 
 
@@ -242,6 +269,8 @@ def test_the_page_is_painted_before_the_model_and_takes_it_in(browser: Any) -> N
     with served(build_page(host)) as address, opened(browser, address) as page:
         assert "Reading weights" in page.locator(".model-status").inner_text()
         assert page.locator(".switch input:enabled").count() == 0
+        assert page.locator("[data-layout][aria-pressed=true]").count() == 0
+        assert "once a model is loaded" in page.locator(".no-lanes").first.inner_text()
         ready.set()
         page.wait_for_selector(".switch input:enabled")
         assert page.locator(".model-name").inner_text() == "stand-in · scripted"

@@ -107,6 +107,8 @@ def _defense(key: str, engine: Engine | None) -> Knobs:
     calibrated = _values(base)
     make: Any = {"sasa": _sasa, "revision": _revision, "sapt": _sapt}[key]
     controls = make(engine.artifacts, base)
+    # Per way to judge, as `SasaArtifact.threshold` tells them apart: the page moves on to it with the layers and mode.
+    found["thresholds"] = engine.artifacts.sasa.thresholds if key == "sasa" and engine.artifacts.sasa else {}
     return found | {"controls": controls, "calibrated": calibrated, "paper": calibrated | PAPER[key]}
 
 

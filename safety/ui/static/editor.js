@@ -68,6 +68,22 @@ function knob(control, values, parent, changed) {
   }
 }
 
+// SASA's probes have a calibrated threshold each: one that the visitor has not moved goes with the probe.
+const wayOf = values => values.mode === 'probe' ? 'clean' : values.choice === 'per-input' ? 'per-input' : values.pair;
+function thresholdFollows(defense, values, panel) {
+  let way = wayOf(values);
+  return () => {
+    const {thresholds, calibrated} = defense, before = thresholds[way] ?? calibrated.threshold;
+    way = wayOf(values);
+    if (thresholds[way] !== undefined && values.threshold === before) {
+      values.threshold = thresholds[way];
+      const row = panel.children[defense.controls.findIndex(control => control.key === 'threshold')];
+      for (const input of row.querySelectorAll('input')) input.value = values.threshold;
+    }
+    publish();
+  };
+}
+
 function defenseRow(lane, index, defense, parent) {
   const box = html('div', `defense defense-${defense.key}`, parent), id = `lane-${index}-${defense.key}`;
   const head = html('div', 'defense-head', box), label = html('label', 'switch', head), input = html('input', '', label);
@@ -88,7 +104,10 @@ function defenseRow(lane, index, defense, parent) {
     toggle.hidden = !on;
     panel.hidden = !on || !open.has(id);
     toggle.setAttribute('aria-expanded', String(!panel.hidden));
-    if (!panel.hidden && !panel.children.length) for (const control of defense.controls) knob(control, lane[defense.key], panel, publish);
+    if (!panel.hidden && !panel.children.length) {
+      const changed = thresholdFollows(defense, lane[defense.key], panel);
+      for (const control of defense.controls) knob(control, lane[defense.key], panel, changed);
+    }
   };
   input.addEventListener('change', () => {
     lane[defense.key] = {...copy(defense.calibrated), ...lane[defense.key], on: input.checked};
