@@ -79,6 +79,8 @@ def _reopen(old: LVLM, error: BaseException, progress: Progress) -> None:
     """Load a closed model's weights again, into the same LVLM, which engines refer to."""
     progress(f"Going back to {old.name} …")
     try:
-        old.open(load(old.source, old.quantization).model)
+        model = load(old.source, old.quantization).model
+        with old.lock:  # a run that starts meanwhile meets the model closed or whole
+            old.open(model)
     except UserError as second:
         raise UserError(f"{error} And {old.name} could not be loaded again: {second} Restart the app.") from error

@@ -71,6 +71,21 @@ def test_a_failed_load_leaves_the_old_model_working() -> None:
         first.ready()
 
 
+def test_a_model_that_could_not_come_back_is_not_said_to_be_replaced() -> None:
+    stand_in: Any = engine()
+
+    def load(choice: Choice, progress: Any) -> Engine:
+        stand_in.lvlm.closed = True
+        with pytest.raises(UserError, match="being changed"):
+            host.ready()
+        raise UserError("Not enough memory, and stand-in could not be loaded again.")
+
+    host = Host(stand_in, load=load)
+    host.start(Choice("big")).join(10)
+    with pytest.raises(UserError, match="No model is loaded: Not enough memory"):
+        host.ready()
+
+
 def test_calibrating_shows_its_progress_and_replaces_the_artifacts() -> None:
     host, seen = Host(engine()), []
 

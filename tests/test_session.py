@@ -112,12 +112,15 @@ def test_without_room_for_both_a_failed_load_brings_the_old_model_back(session, 
     tensors.popitem()
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     engine, before, lines = session.engine, say(session.engine), []
+    locked, reopen = [], engine.lvlm.open
+    engine.lvlm.open = lambda model: (locked.append(engine.lvlm.lock.locked()), reopen(model))
     no_room_for_both(engine.lvlm.model)
     with pytest.raises(UserError, match="broken is incomplete"):
         session.switch(str(broken), "none", progress=lines.append)
     assert [line.split(" (")[0] for line in lines] == ["Making room for broken …", "Loading broken in none",
                                                        "Going back to one …"]
     assert session.engine is engine and say(engine) == before
+    assert locked == [True]  # a run that starts at that moment waits
 
 
 def test_when_the_old_model_cannot_come_back_another_one_still_can(session, folders, tmp_path, no_room_for_both):

@@ -98,6 +98,10 @@ class Host:
         """The engine. Raises UserError while there is none."""
         if self.engine is None:
             raise UserError(self._message if self._failed else "The model is still being loaded. It runs in a moment.")
+        if getattr(self.engine.lvlm, "closed", False):  # it made room for another one
+            if self._work.locked():
+                raise UserError(BUSY)
+            raise UserError(f"No model is loaded: {self._message or 'the last one could not be brought back.'}")
         return self.engine
 
     def status(self) -> dict[str, Any]:
