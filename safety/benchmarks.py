@@ -185,11 +185,13 @@ def _mmsafetybench_hub(kinds: Sequence[str]) -> Table:
 
 # VLGuard (huggingface.co/datasets/ys-zong/VLGuard): test.json, [{"id", "image", "safe", "harmful_category",
 # "harmful_subcategory", "instr-resp": [{"safe_instruction", "response"}, {"unsafe_instruction", "response"}] for safe
-# pictures, [{"instruction", "response"}] for unsafe ones}]; pictures in test/.
+# pictures, [{"instruction", "response"}] for unsafe ones}]; pictures in test/. "vlguard-train" reads train.json and
+# train/ instead, so that calibration need not see what evaluation asks. Its responses to harmful requests are refusals,
+# from which nothing can be learned about harmful answers, so they are left out and the model answers for itself.
 
-def _vlguard(folder: Path, subsets: Sequence[str]) -> Table:
+def _vlguard(folder: Path, subsets: Sequence[str], split: str = "test") -> Table:
     keys = {"safe_instruction": "safe-safe", "unsafe_instruction": "safe-unsafe", "instruction": "unsafe"}
-    rows = [(row, keys[key], turn[key]) for row in _json(folder / "test.json") for turn in row["instr-resp"]
+    rows = [(row, keys[key], turn[key]) for row in _json(folder / f"{split}.json") for turn in row["instr-resp"]
             for key in keys if turn.get(key) and keys[key] in subsets]
 
     def sample(number: int, row: tuple[Row, str, str]) -> Sample:
@@ -197,20 +199,20 @@ def _vlguard(folder: Path, subsets: Sequence[str]) -> Table:
         label: Label = "safe" if subset == "safe-safe" else "unsafe"
         return Sample(f"vlguard-{subset}-{entry['id']}-{number}", instruction, label,
                       str(entry.get("harmful_subcategory") or entry.get("harmful_category") or "safe"),
-                      str(folder / "test" / entry["image"]), kind=f"vlguard-{subset}")
+                      str(folder / split / entry["image"]), kind=f"vlguard-{subset}")
     return Table(rows, sample)
 
 
-def _vlguard_hub(subsets: Sequence[str]) -> Table:
+def _vlguard_hub(subsets: Sequence[str], split: str = "test") -> Table:
     from huggingface_hub import hf_hub_download
     folder = CACHE / "vlguard"
-    if not (folder / "test.json").exists():
-        archive = hf_hub_download("ys-zong/VLGuard", "test.zip", repo_type="dataset")
-        index = hf_hub_download("ys-zong/VLGuard", "test.json", repo_type="dataset")
+    if not (folder / f"{split}.json").exists():
+        archive = hf_hub_download("ys-zong/VLGuard", f"{split}.zip", repo_type="dataset")
+        index = hf_hub_download("ys-zong/VLGuard", f"{split}.json", repo_type="dataset")
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
-        (folder / "test.json").write_bytes(Path(index).read_bytes())
-    return _vlguard(folder, subsets)
+        (folder / f"{split}.json").write_bytes(Path(index).read_bytes())
+    return _vlguard(folder, subsets, split)
 
 
 # SPA-VL (huggingface.co/datasets/sqrti/SPA-VL): config "test", splits "harm" and "help": image, question, and where the
@@ -285,7 +287,9 @@ LOADERS: dict[str, Loader] = {
     "figstep": Loader(_figstep, None),
     **{f"mmsafetybench{name}": Loader(partial(_mmsafetybench, kinds=kinds), partial(_mmsafetybench_hub, kinds=kinds))
        for name, kinds in (("", _MMSAFETY_KINDS), ("-sd", ("SD",)), ("-typo", ("TYPO",)), ("-sd-typo", ("SD_TYPO",)))},
-    **{f"vlguard{name}": Loader(partial(_vlguard, subsets=subsets), partial(_vlguard_hub, subsets=subsets))
+    **{f"vlguard{part}{name}": Loader(partial(_vlguard, subsets=subsets, split=split),
+                                      partial(_vlguard_hub, subsets=subsets, split=split))
+       for part, split in (("", "test"), ("-train", "train"))
        for name, subsets in (("", _SUBSETS), *((f"-{subset}", (subset,)) for subset in _SUBSETS))},
     "spa-vl": Loader(lambda folder: _spa_vl(_parquet(folder, "harm-*.parquet"), "harm"),
                      lambda: _spa_vl(_dataset("sqrti/SPA-VL", "test", "harm"), "harm")),

@@ -85,6 +85,16 @@ def test_vlguard_subsets(tmp_path):
     assert only.prompt == "Hurt them"
 
 
+def test_vlguard_keeps_calibration_and_evaluation_apart(tmp_path):
+    for split in ("train", "test"):
+        as_json(tmp_path / f"{split}.json", [{"id": "a", "image": "a.png", "safe": False, "harmful_category": "x",
+                                              "instr-resp": [{"instruction": f"of {split}", "response": "No."}]}])
+        picture(tmp_path / split / "a.png")
+    one, = benchmarks.read(f"vlguard-train-unsafe:{tmp_path}")
+    assert (one.prompt, one.image, one.response) == ("of train", str(tmp_path / "train" / "a.png"), None)
+    assert [sample.prompt for sample in benchmarks.read(f"vlguard:{tmp_path}")] == ["of test"]
+
+
 def test_mmvet_expects_words_only_of_short_plain_answers(tmp_path):
     rows = {"v1_0": "-1<AND>-5", "v1_1": "cat<OR>dog", "v1_2": "a long answer that nobody says word for word"}
     as_json(tmp_path / "mm-vet.json", {number: {"imagename": f"{number}.png", "question": "q", "answer": answer,
