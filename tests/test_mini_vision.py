@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from PIL import Image
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from safety import __main__ as cli
+from safety.errors import UserError
 from safety.mini import scenes, tasks
+from safety.mini.align import AlignSettings
 from safety.mini.assemble import MiniatureError, _read_artifact, build_llava, export_weights
 from safety.mini.card import card_text
 from safety.mini.dictionary import Projector
@@ -199,7 +203,7 @@ def test_handwriting_lends_a_words_errors_to_words_of_its_length(lexicon) -> Non
 
 
 def test_training_resumes_where_it_was_killed(tmp_path: Path) -> None:
-    def run(folder: Path, kill_at: int | None) -> torch.Tensor:
+    def run(folder: Path, kill_at: int | None, seed: int = 0) -> torch.Tensor:
         torch.manual_seed(0)
         model = nn.Linear(4, 1)
 
@@ -218,6 +222,7 @@ def test_training_resumes_where_it_was_killed(tmp_path: Path) -> None:
             checkpoint=folder / "run.pt",
             name="Toy",
             checkpoint_seconds=0,
+            seed=seed,
         )
         return model.weight.detach().clone()
 
@@ -225,6 +230,15 @@ def test_training_resumes_where_it_was_killed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", 7)
     torch.testing.assert_close(run(tmp_path / "b", None), unbroken, atol=0, rtol=0)
+    with pytest.raises(UserError, match="seed 0, not 1"):
+        run(tmp_path / "b", None, seed=1)
+
+
+def test_the_seed_of_the_command_reaches_the_alignment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("safety.mini.align.align", lambda *given: seen.append(given))
+    assert cli.main(["mini", "--stage", "align", "--seed", "3", "--work", str(tmp_path)]) == 0
+    assert seen == [(tmp_path, None, AlignSettings(seed=3), "cpu")]
 
 
 def test_packed_turns_do_not_see_one_another() -> None:

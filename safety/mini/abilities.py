@@ -22,7 +22,7 @@ from safety.mini import corpus, tasks
 from safety.mini.lexicon import Lexicon, is_held_out, key_of
 from safety.mini.render import figstep
 from safety.mini.scenes import Scene, SceneMaker
-from safety.mini.symbols import COLOURS, SHAPES, SYMBOLS, have_emoji_font
+from safety.mini.symbols import have_emoji_font
 from safety.mini.text_abilities import looks_degenerate, rate, text_abilities
 from safety.refusal import refusal_start
 
@@ -224,6 +224,3 @@ def measure_abilities(
     transcript: dict[str, Rows] = {}
     report["text"] = text_abilities(model, processor.tokenizer, data, limit=size(60), transcript=transcript)
     return report, rows | transcript
-
-
-KNOWN_PICTURES = {"symbols": sorted(SYMBOLS), "shapes": sorted(SHAPES), "colours": sorted(COLOURS)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -198,12 +198,3 @@ def align(
                 torch.save(state, checkpoint.with_suffix(".part"))
                 checkpoint.with_suffix(".part").replace(checkpoint)
     return work / LORA_FILE
-
-
-def load_aligned(lora_file: Path | str, dtype: torch.dtype = torch.float32) -> Any:
-    """The base language model with saved LoRA weights merged in."""
-    from safety.mini.lora import merge_lora
-
-    model = load_base_lm(torch.float32)
-    merge_lora(model.get_decoder(), load_file(lora_file))
-    return model.to(dtype)

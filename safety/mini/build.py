@@ -27,13 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command on its own."""
-    parser = argparse.ArgumentParser(prog="python -m safety mini", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
 def run(args: argparse.Namespace) -> int:
     """Do the stages that the arguments ask for; every stage skips what its checkpoints already hold."""
     import torch
@@ -52,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
             base_folder()
         elif stage == "align":
-            from safety.mini.align import align
+            from safety.mini.align import AlignSettings, align
 
-            align(args.work, args.data, device=args.device)
+            align(args.work, args.data, AlignSettings(seed=args.seed), args.device)
         elif stage == "vision":
             train_vision(args.work, args.data, args.seed, args.device)
         elif stage == "instruct":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +136,3 @@ def card_text(report: dict[str, Any]) -> str:
 def write_card(folder: Path, report: dict[str, Any]) -> None:
     """Write README.md of an artifact folder from a report of ``measure_abilities``."""
     (folder / "README.md").write_text(card_text(report))
-
-
-def refresh_card(folder: Path) -> None:
-    """Rewrite the card from the stored figures, after a change of wording."""
-    write_card(folder, json.loads((folder / "abilities.json").read_text()))

@@ -244,5 +244,6 @@ def train_dictionary(
         name="Dictionary",
         decay=0.95,
         measure_every=50,
+        seed=seed,
     )
     return path

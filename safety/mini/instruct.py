@@ -86,31 +86,6 @@ class TaskMaker:
         return scene, [Turn(*self.requests[int(i)]) for i in picks]
 
 
-def spoken_features(embedding: Tensor, lexicon: Lexicon, filler: int, noise: float = 0.35) -> Features:
-    """What an almost perfect tower would say, from the labels: lets tuning start before the tower is trained.
-
-    Args:
-        embedding: [vocabulary, width] token embeddings.
-        lexicon: tells each patch's token.
-        filler: token of patches without a word.
-        noise: relative size of the error; one word patch in 25 says another word or nothing.
-    """
-    tokens = torch.from_numpy(lexicon.tokens)
-
-    def features(scenes: list[Scene]) -> Tensor:
-        word = torch.from_numpy(np.stack([scene.word for scene in scenes]))
-        part = torch.from_numpy(np.stack([scene.part for scene in scenes]))
-        wrong = torch.rand(word.shape) < 0.04
-        other = torch.where(torch.rand(word.shape) < 0.5, torch.randint(len(lexicon.keys), word.shape), -1)
-        word = torch.where((word >= 0) & wrong, other, word)
-        ids = torch.where(word >= 0, tokens[word.clamp(min=0), part.clamp(min=0)], filler)
-        said = embedding[torch.where(ids >= 0, ids, filler)].float()
-        size = noise * said.norm(dim=-1, keepdim=True) / said.shape[-1] ** 0.5
-        return said + size * torch.rand(*word.shape, 1) * torch.randn_like(said)
-
-    return features
-
-
 def text_replay(
     tokenizer: Any, answers: dict[str, str], data: Path | None, seed: int
 ) -> Callable[[int], list[Example]]:
@@ -200,6 +175,7 @@ def instruct(
         name=name,
         decay=0.6,
         measure_every=50,
+        seed=seed,
     )
     return model
 

@@ -172,6 +172,7 @@ def train_joint(
         name="Joint",
         decay=0.95,
         measure_every=50,
+        seed=seed,
     )
     joint.connect()
     save_checkpoint(folder / TOWER_CHECKPOINT, {"model": joint.state_dict()})

@@ -68,10 +68,6 @@ class Lexicon:
             object.__setattr__(self, "_sums", cached)
         return cached
 
-    def held_out(self) -> list[str]:
-        """Words never drawn in training that are one token for the language model, by their place in the lexicon."""
-        return [key for key, tokens in zip(self.keys, self.tokens, strict=True) if is_held_out(key) and tokens[1] < 0]
-
 
 def spell(tokenizer: Any, word: str) -> list[int]:
     """Token ids of a word after a space; the capitalised form where that is a single token and the plain one is not."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from tqdm import tqdm
 
+from safety.errors import UserError
 from safety.mini.handwriting import Handwriting
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
@@ -100,6 +101,7 @@ def train_loop(
     decay: float = 0.4,
     measure_every: int = 100,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    seed: int = 0,
 ) -> None:
     """Minimise the sum of named losses; resumes from the checkpoint if there is one.
 
@@ -114,6 +116,10 @@ def train_loop(
         decay: share of the run over which the learning rate falls to zero at the end.
         measure_every: steps between measurements.
         checkpoint_seconds: time between checkpoints.
+        seed: of the data that ``loss_of`` draws, kept with the run's state.
+
+    Raises:
+        UserError: the checkpoint is of a run with another seed.
     """
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -122,6 +128,9 @@ def train_loop(
     device = next(model.parameters()).device.type
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state.get("seed", seed) != seed:
+            raise UserError(f"{checkpoint} holds a run with seed {state['seed']}, not {seed}. Go on with --seed "
+                            f"{state['seed']}, or give another --work folder.")
         model.load_state_dict(state["model"])
         for optimiser, saved_state in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved_state)
@@ -151,7 +160,7 @@ def train_loop(
                 bar.write(f"{name} step {done} losses {shown} rates { {k: round(v, 3) for k, v in rates.items()} }")
             if done == steps or time.monotonic() - saved >= checkpoint_seconds:
                 moments = [optimiser.state_dict() for optimiser in optimisers]
-                state = {"model": model.state_dict(), "optimisers": moments, "step": done}
+                state = {"model": model.state_dict(), "optimisers": moments, "step": done, "seed": seed}
                 save_checkpoint(checkpoint, state)
                 saved = time.monotonic()
 
@@ -214,6 +223,7 @@ def train_reading(
         checkpoint=folder / READING_CHECKPOINT,
         name="Reading",
         decay=0.6,
+        seed=seed,
     )
     return reader
 
