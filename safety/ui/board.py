@@ -31,6 +31,11 @@ _EMPTY = {
 }
 
 
+def script(*names: str) -> str:
+    """The files of static/ joined into one script for gr.HTML, after what they share."""
+    return "\n".join((STATIC / f"{name}.js").read_text("utf-8") for name in ("html", *names))
+
+
 def board(**kwargs: Any) -> gr.HTML:
     """All lanes side by side. Its value is a view: see `empty_view` and `view_of`. Triggers "reveal" with {"run"}.
 
@@ -39,7 +44,7 @@ def board(**kwargs: Any) -> gr.HTML:
     return gr.HTML(
         value=empty_view(),
         html_template=(STATIC / "board.html").read_text("utf-8"),
-        js_on_load="\n".join((STATIC / "board" / f"{name}.js").read_text("utf-8") for name in SCRIPTS),
+        js_on_load=script(*(f"board/{name}" for name in SCRIPTS)),
         apply_default_css=False,
         **kwargs,
     )

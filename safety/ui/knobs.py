@@ -193,6 +193,12 @@ def lanes_of(form: Any, engine: Engine) -> list[Lane]:
     return lanes
 
 
+def lane_of(row: dict[str, Any]) -> Lane:
+    """A lane from `dataclasses.asdict` of one, as a recording or a request to another process holds it."""
+    kinds: dict[str, Any] = {"sasa": Sasa, "revision": Revision, "sapt": Sapt}
+    return Lane(row["name"], **{key: make(**row[key]) for key, make in kinds.items() if row[key] is not None})
+
+
 def _settings(row: Knobs, engine: Engine) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in DEFENSES:

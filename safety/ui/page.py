@@ -6,7 +6,7 @@ import gradio as gr
 
 from safety.engine import Engine
 from safety.ui import story, text
-from safety.ui.board import STATIC, board
+from safety.ui.board import STATIC, board, script
 from safety.ui.cards import cards
 from safety.ui.handlers import DECODERS, Handlers, spec_of
 from safety.ui.host import Host
@@ -31,7 +31,7 @@ def _editor(host: Host, **kwargs: Any) -> gr.HTML:
         value=spec["start"],
         spec=spec,
         html_template=(STATIC / "editor.html").read_text("utf-8"),
-        js_on_load="\n".join((STATIC / name).read_text("utf-8") for name in ("editor.js", "editor_events.js")),
+        js_on_load=script("editor", "editor_events"),
         apply_default_css=False,
         **kwargs,
     )

@@ -17,14 +17,13 @@ from typing import Any
 from safety.engine import Answer, Engine, Event
 from safety.errors import UserError
 from safety.inputs import open_image
-from safety.settings import Lane, Revision, Sapt, Sasa
+from safety.settings import Lane
 from safety.ui.board import DIGITS, STATE, View, small_copy, view_of
-from safety.ui.knobs import UNDEFENDED, layouts
+from safety.ui.knobs import UNDEFENDED, lane_of, layouts
 from safety.ui.presets import FOLDER, PRESETS, Preset
 
 RECORDINGS = FOLDER.parent / "recordings"
 LAYOUTS = ("together", "each")
-_SETTINGS: dict[str, Any] = {"sasa": Sasa, "revision": Revision, "sapt": Sapt}
 
 
 def recorded(key: str) -> bool:
@@ -40,7 +39,7 @@ class Playback:
         self.cover, self.cancel = cover, Flag()
         self._preset, self._head, self._run = preset, whole["head"], whole["runs"][layout]
         self._name = f"recording-{preset.key}-{layout}-{datetime.now(UTC).timestamp()}"
-        self.lanes = [_lane(row) for row in self._run["lanes"]]
+        self.lanes = [lane_of(row) for row in self._run["lanes"]]
         self.answers = [_answer(row, self._head["threshold"]) for row in self._run["answers"]]
 
     def view(self) -> View:
@@ -65,10 +64,6 @@ class Playback:
         )
         return view | {"recording": {**{key: head[key] for key in ("model", "commit", "date")},
                                      "times": self._run["times"]}}  # fmt: skip
-
-
-def _lane(row: dict[str, Any]) -> Lane:
-    return Lane(row["name"], **{key: make(**row[key]) for key, make in _SETTINGS.items() if row[key] is not None})
 
 
 def _answer(row: dict[str, Any], threshold: float | None) -> Answer:

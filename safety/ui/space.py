@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image
 
 from safety.engine import Engine, Event, Step
-from safety.settings import Lane, Revision, Sampling, Sapt, Sasa
+from safety.settings import Lane, Sampling
+from safety.ui.knobs import lane_of
 
-_SETTINGS: dict[str, Any] = {"sasa": Sasa, "revision": Revision, "sapt": Sapt}
 START_SECONDS = 15  # until the first token: moving the weights to the GPU, the image, the prompt
 TOKENS_PER_SECOND = 12  # of a 7B model with six lanes; a generous estimate is cut short by the run's end
 
@@ -33,10 +33,7 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if _engine is None:
         raise RuntimeError("The worker process has no model: use_zero_gpu comes before the launch.")
     picture = None if request["image"] is None else Image.open(io.BytesIO(request["image"]))
-    lanes = [
-        Lane(row["name"], **{key: make(**row[key]) for key, make in _SETTINGS.items() if row[key] is not None})
-        for row in request["lanes"]
-    ]
+    lanes = [lane_of(row) for row in request["lanes"]]
     sampling = Sampling(**request["sampling"])
     for step in _engine.stream(
         request["prompt"], picture, lanes=lanes, max_new_tokens=request["max_new_tokens"], sampling=sampling

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from safety.ui.board import STATIC
+from safety.ui.board import STATIC, script
 from safety.ui.host import Host
 from safety.ui.text import MARK
 
@@ -26,7 +26,7 @@ def top(host: Host, **kwargs: Any) -> gr.HTML:
     return gr.HTML(
         value=top_view(host),
         html_template=(STATIC / "top.html").read_text("utf-8").replace("@mark", MARK),
-        js_on_load=(STATIC / "top.js").read_text("utf-8"),
+        js_on_load=script("top"),
         apply_default_css=False,
         **kwargs,
     )

@@ -88,9 +88,7 @@ def overhead(
     extra = 0
     if lane.sasa is not None and lane.sasa.mode == "gate":
         starts = [pair[0] for pair in pairs] if lane.sasa.choice == "per-input" else [lane.sasa.safety_layer]
-        extra += (
-            sum(blocks - 1 - start for start in starts) * prompt
-        )  # the projected streams, to the top
+        extra += sum(blocks - 1 - start for start in starts) * prompt  # the projected streams, to the top
     elif lane.sasa is not None and lane.sasa.mode == "project":
         extra += blocks * prompt + (lane.sasa.fused_layer - lane.sasa.safety_layer) * (prompt + said)
     gated = any(event.type == "gate" and event.fired for event in answer.events)

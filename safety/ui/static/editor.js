@@ -3,13 +3,6 @@
 const list = element.querySelector('.lane-list'), samplingBox = element.querySelector('.sampling .knobs'), sweepBox = element.querySelector('.sweep');
 let form = null, open = new Set();  // open: the disclosures that the visitor opened
 
-function html(tag, className, parent, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
 const copy = value => JSON.parse(JSON.stringify(value));
 const defenseOf = key => props.spec.defenses.find(defense => defense.key === key);
 

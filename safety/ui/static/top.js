@@ -1,12 +1,5 @@
 // The head: which model, what is happening to it, and what was measured of its defenses. Everything through textContent.
 const find = selector => element.querySelector(selector);
-function html(tag, className, parent, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
 
 function measuredTable(measured) {
   const box = find('.measured'), body = box.querySelector('div');

@@ -9,13 +9,6 @@ const find = selector => element.querySelector(selector);
 const lanesBox = find('.lanes');
 let columns = [], run = null, shown = null;  // shown: the view that is drawn
 
-function html(tag, className, parent, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
 function svg(tag, attributes, parent) {
   const node = document.createElementNS(SVG, tag);
   for (const key in attributes) node.setAttribute(key, attributes[key]);
