@@ -270,7 +270,7 @@ def test_the_page_is_painted_before_the_model_and_takes_it_in(browser: Any) -> N
         assert "Reading weights" in page.locator(".model-status").inner_text()
         assert page.locator(".switch input:enabled").count() == 0
         assert page.locator("[data-layout][aria-pressed=true]").count() == 0
-        assert "once a model is loaded" in page.locator(".no-lanes").first.inner_text()
+        assert "once a model is loaded" in page.locator(".lane-list .no-lanes").inner_text()
         ready.set()
         page.wait_for_selector(".switch input:enabled")
         assert page.locator(".model-name").inner_text() == "stand-in · scripted"
