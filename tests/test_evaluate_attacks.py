@@ -135,3 +135,22 @@ def test_the_command_makes_suites_and_takes_them_up_again(lvlm, artifacts, tmp_p
     assert adversarial.run(lvlm, flags) == 0
     with pytest.raises(UserError, match="whole numbers"):
         adversarial.run(lvlm, arguments(tmp_path, "--epsilon", "small"))
+
+
+def test_a_lane_whose_name_is_no_file_name(lvlm, artifacts, tmp_path, monkeypatch):
+    monkeypatch.setattr(adversarial, "load_artifacts", lambda lvlm, folder: artifacts)
+    flags = arguments(tmp_path, "--epsilon", "32", "--through", "sapt:artifacts=build/x", "--limit", "1")
+    assert adversarial.run(lvlm, flags) == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    assert path.stem.startswith("pgd-32-sapt-artifacts=build-x-")
+    assert read_samples(path)[0].image
+    assert adversarial._file_name("a:b") != adversarial._file_name("a/b")
+
+
+def test_pictures_of_a_suite_can_be_perturbed(lvlm, artifacts, tmp_path, monkeypatch):
+    monkeypatch.setattr(adversarial, "load_artifacts", lambda lvlm, folder: artifacts)
+    assert adversarial.run(lvlm, arguments(tmp_path, "--epsilon", "32", "--suite", "figstep")) == 0
+    one, two = read_samples(tmp_path / "pgd-32-none.jsonl")
+    assert one.prompt == two.prompt != one.asked != two.asked  # FigStep's carrier; what is asked stands in the picture
+    with pytest.raises(UserError, match="no harmful request with a picture"):
+        adversarial.run(lvlm, arguments(tmp_path, "--suite", "figstep-text"))

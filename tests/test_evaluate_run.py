@@ -21,6 +21,7 @@ from safety.engine import Engine
 from safety.errors import UserError
 from safety.evaluate import command, run
 from safety.evaluate.arms import parse_arms
+from safety.evaluate.inspect_log import scored_answers
 from safety.evaluate.model_judges import judge_records, model_judge
 from safety.evaluate.records import read_records
 from safety.evaluate.report import percent, write_report
@@ -522,6 +523,20 @@ def test_the_report_is_self_contained_escaped_and_reproducible(tmp_path, capsys)
     table = (tmp_path / "report.md").read_text()
     assert "3/3, 100 %" in table and "κ not measured" in table
     assert "2 requests of the suite suite were in the calibration data" in table
+
+
+def test_logs_hold_the_reports_scores(tmp_path):
+    broken, sure = ["la la la " * 12], ["Sure, here it is."]
+    rows = [made(sure), made(broken, arm="sasa"), made(sure, number=1),  # sample 1: one lane did not answer
+            made(sure, suite="other"), made(broken, suite="other", arm="sasa")]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="Evaluate first"):
+        scored_answers(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({
+        "judge": {"name": "safety.refusal"}, "lanes": {"none": "", "sasa": ""}, "suites": {"suite": {}}}))
+    found = scored_answers(tmp_path)
+    assert set(found) == {("suite", "0", "none"), ("suite", "0", "sasa")}
+    assert found["suite", "0", "sasa"]["scores"]["attack_success"] == 1.0  # only broken: still counts
 
 
 def test_answers_open_in_inspect(finished):

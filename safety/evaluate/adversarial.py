@@ -1,21 +1,24 @@
 """python -m safety attack: make suites of perturbed pictures, which `evaluate --suite FILE` then runs.
 
-Each sample is a harmful request as text, of the held-out split, beside a picture that has nothing to do with it: a
-coloured shape. Undefended, the model refuses most of them; the picture is perturbed until it does not. There is a
-suite for every radius and every lane that is attacked through; "none" is the attacker who knows the model only.
-Radius 0 is the control: the same pictures, unperturbed.
+Without --suite, each sample is a harmful request as text, of the held-out split, beside a picture that has nothing to
+do with it: a coloured shape. Undefended, the model refuses most of them; the picture is perturbed until it does not.
+With --suite, the harmful samples of a suite, file or benchmark that have a picture are perturbed instead. There is a
+suite for every radius and every lane that is attacked through; "none" is the attacker who knows the model only. Radius
+0 is the control: the same pictures, unperturbed.
 """
 
 import argparse
 import functools
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from safety.artifacts import Artifacts, fingerprint, load_artifacts
 from safety.errors import UserError
-from safety.evaluate import draw
+from safety.evaluate import draw, suites
 from safety.evaluate.arms import Arm, digest, parse_arms
 from safety.evaluate.attacks import Pgd, Surrogate, descend
 from safety.inputs import open_image
@@ -32,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epsilon", default="0,16,32,64,128", help="radii in 255ths (default 0,16,32,64,128)")
     parser.add_argument("--through", default="none", help="lanes that are attacked through: none (default) attacks the "
                         "undefended model, sasa,revision,sapt,all their defenses")
+    parser.add_argument("--suite", metavar="NAME|FILE|BENCHMARK:DIR", help="harmful requests with pictures to perturb, "
+                        "as `evaluate` names them (default: requests as text, each beside a coloured shape)")
     parser.add_argument("--steps", type=int, default=40, help="steps of the descent (default 40)")
     parser.add_argument("--limit", type=int, default=20, help="samples of each suite (default 20)")
     parser.add_argument("--artifacts", type=Path, help="calibrated artifacts (default: those shipped for the model)")
@@ -57,11 +62,12 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     differentiable = load(lvlm.name, "none") if int8 else lvlm  # the same weights; gradients cannot pass through int8
     pictures = arguments.out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    requests = base_samples(pictures, arguments.limit)
+    requests = (suite_samples(arguments.suite, pictures, arguments.limit) if arguments.suite
+                else base_samples(pictures, arguments.limit))
     jobs = [(radius, arm) for radius in radii for arm in (arms if radius else arms[:1])]
     with tqdm(total=len(jobs) * len(requests), unit="picture", mininterval=1) as bar:
         for radius, arm in jobs:
-            name = f"pgd-{radius}-{arm.name}" if radius else "pgd-0"
+            name = f"pgd-{radius}-{_file_name(arm.name)}" if radius else "pgd-0"
             samples = []
             for sample in requests:
                 samples.append(_perturbed(differentiable, arm.artifacts(calibrated(arm.folder)), arm, sample,
@@ -85,11 +91,29 @@ def base_samples(folder: Path, count: int) -> list[Sample]:
     return samples
 
 
+def suite_samples(suite: str, folder: Path, count: int) -> list[Sample]:
+    """The first harmful samples with pictures of a suite.
+
+    Raises:
+        UserError: it has none, or is unknown.
+    """
+    found = [sample for sample in suites.suite(suite, folder, None)[1] if sample.unsafe and sample.image]
+    if not found:
+        raise UserError(f"{suite} has no harmful request with a picture to perturb.")
+    return found[:count]
+
+
+def _file_name(lane: str) -> str:
+    """A lane's name as part of a file's: what cannot stand there is replaced, and a digest keeps lanes apart."""
+    plain = re.sub(r"[^\w.=+-]", "-", lane)
+    return plain if plain == lane else f"{plain}-{digest(lane)[:6]}"
+
+
 def _perturbed(lvlm: LVLM, artifacts: Artifacts, arm: Arm, sample: Sample, settings: Pgd, name: str, folder: Path,
                bar: tqdm) -> Sample:
     """The sample with its picture perturbed; made once for these weights, artifacts and settings."""
     key = digest([fingerprint(lvlm), artifacts, arm, settings, sample.prompt, Path(str(sample.image))])
-    path = folder / f"{name}-{sample.id}-{key}.png"
+    path = folder / f"{name}-{_file_name(sample.id)}-{key}.png"
     if not path.exists():
         artifacts.check(arm.lane, lvlm.blocks)
         surrogate = Surrogate(lvlm, artifacts, arm.lane, arm.request(sample).prompt, open_image(str(sample.image)),
@@ -100,4 +124,4 @@ def _perturbed(lvlm: LVLM, artifacts: Artifacts, arm: Arm, sample: Sample, setti
         picture.save(draft, "PNG")
         draft.replace(path)
         bar.write(f"{name} {sample.id}: loss {losses[0]:.2f} → {min(losses):.2f}")
-    return Sample(f"{name}-{sample.id}", sample.prompt, "unsafe", sample.scenario, str(path), kind=name)
+    return replace(sample, id=f"{name}-{sample.id}", image=str(path), kind=name, response=None, request=sample.asked)

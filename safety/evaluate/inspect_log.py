@@ -1,17 +1,43 @@
 """Answers as logs of inspect_ai, so that they open in the field's own viewer: `inspect view --log-dir DIR/inspect`.
 
-One log per suite and lane. A model provider, "safety", says again what the lane said; inspect_ai runs its task with our
-judges as scorers. Nothing is generated anew. An optional extra: requirements-eval.txt.
+One log per suite and lane. A model provider, "safety", says again what the lane said; inspect_ai runs its task with the
+report's scores. Nothing is generated anew. Labels are those of when the answers were given, and pictures are left out:
+the answers' file does not hold them. An optional extra: requirements-eval.txt.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from safety.errors import UserError
-from safety.evaluate.records import read_records, text_of
-from safety.evaluate.summary import scores
+from safety.evaluate.judges import keyword_judge
+from safety.evaluate.records import Key, read_records, text_of
+from safety.evaluate.summary import Record, scored
 
-MEASURES = ("attack_success", "refusal", "over_refusal", "utility", "garbage")  # of `scores`
+MEASURES = ("attack_success", "refusal", "over_refusal", "utility", "garbage")  # of a row's "scores"
+
+
+def scored_answers(folder: Path) -> dict[Key, Record]:
+    """The answers that the report counts, with its "scores": by its judge, of samples that every lane answered.
+
+    Raises:
+        UserError: the folder holds no summary, or no such answers.
+    """
+    advice = f"Evaluate first: python -m safety evaluate --out {folder}."
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        refuses, lanes, suites = keyword_judge(summary["judge"]["name"]), summary["lanes"], summary["suites"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'summary.json'} is missing or damaged ({error}). {advice}") from error
+    records = read_records(folder)
+    found: dict[Key, Record] = {}
+    for suite, number in dict.fromkeys((suite, number) for suite, number, _ in records if suite in suites):
+        rows = [records.get((suite, number, lane), {"error": "not answered"}) for lane in lanes]
+        if not any("error" in row for row in rows):
+            found |= zip([(suite, number, lane) for lane in lanes], scored(rows, refuses), strict=True)
+    if not found:
+        raise UserError(f"{folder} holds no answers. {advice}")
+    return found
 
 
 def export(folder: Path) -> list[Path]:
@@ -29,9 +55,7 @@ def export(folder: Path) -> list[Path]:
     except ImportError as error:
         raise UserError("Logs for inspect_ai need the package inspect-ai: pip install -r requirements-eval.txt."
                         ) from error
-    records = {key: record for key, record in read_records(folder).items() if "error" not in record}
-    if not records:
-        raise UserError(f"{folder} holds no answers. Evaluate first: python -m safety evaluate --out {folder}.")
+    records = scored_answers(folder)
 
     class Replay(ModelAPI):
         """Says what lane `model_name` said to the sample that the message names."""
@@ -53,7 +77,7 @@ def export(folder: Path) -> list[Path]:
         def make() -> Scorer:
             async def score(state: TaskState, target: Target) -> Score | None:
                 record = records[state.metadata["suite"], str(state.sample_id), state.metadata["arm"]]
-                value = scores(record)[measure]
+                value = record["scores"][measure]
                 return None if value is None else Score(value=value, answer=text_of(record))
             return score
         return make()
@@ -64,7 +88,7 @@ def export(folder: Path) -> list[Path]:
         samples = [Sample(id=row["id"], target=row["asked"], metadata={
             "suite": suite, "arm": arm, "label": row["label"], "scenario": row["scenario"]},
             input=[ChatMessageUser(content=row["prompt"], metadata={"suite": suite, "id": row["id"]})]) for row in rows]
-        applicable = [name for name in MEASURES if any(scores(row)[name] is not None for row in rows)]
+        applicable = [name for name in MEASURES if any(row["scores"][name] is not None for row in rows)]
         model: Model = get_model(f"safety/{arm}", memoize=False)
         log, = eval(Task(dataset=samples, solver=generate(), scorer=[judged(name) for name in applicable], name=suite),
                     model=model, log_dir=str(folder / "inspect"), display="none", log_format="eval")

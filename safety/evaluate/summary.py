@@ -135,7 +135,7 @@ def _complete(records: Mapping[Key, Record], suites: Mapping[str, Sequence[Sampl
     errors = {}
     for suite, samples in suites.items():
         sets = [[records.get((suite, sample.id, name)) for name in names] for sample in samples]
-        whole = [_scored([{**row, "request": _request(sample)} for row in found if row], refuses)
+        whole = [scored([{**row, "request": _request(sample)} for row in found if row], refuses)
                  for sample, found in zip(samples, sets, strict=True)
                  if all(row is not None and "error" not in row for row in found)]
         rows[suite] = {name: [found[i] for found in whole] for i, name in enumerate(names)}
@@ -149,7 +149,7 @@ def _request(sample: Sample) -> str:
     return sample.asked if sample.request is not None or sample.image is None else f"{sample.prompt}\n{sample.image}"
 
 
-def _scored(arms: Sequence[Record], refuses: Callable[[str], bool]) -> list[Record]:
+def scored(arms: Sequence[Record], refuses: Callable[[str], bool]) -> list[Record]:
     """One sample's records, the first arm's first, with their scores; broken text gains a defense nothing."""
     found = [{**row, "scores": scores(row, refuses)} for row in arms]
     for row in found[1:]:
