@@ -1,6 +1,7 @@
 """python -m safety artifacts list | push | pull | transfer"""
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from safety.artifacts import (
     artifact_folders,
     default_folder,
     load_artifacts,
+    read_config,
     save_artifacts,
     transfer_revision,
 )
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser, add_model: Callable[[argparse
     pushing.add_argument("folder", type=Path)
     pushing.add_argument("repository", help="owner/name; made if it is not there")
     pushing.add_argument("--private", action="store_true", help="if it is made, only its owner can see it")
-    pulling = commands.add_parser("pull", help="download artifacts from the Hub and print their folder")
+    pulling = commands.add_parser("pull", help="download artifacts from the Hub into artifacts/ and print their folder")
     pulling.add_argument("repository")
     pulling.add_argument("--revision", help="branch, tag or commit")
     transfer = commands.add_parser("transfer", help="give a model the revision vectors of another one of its shape")
@@ -41,7 +43,7 @@ def run(arguments: argparse.Namespace, load: Callable[[], LVLM]) -> int:
     if arguments.what == "push":
         print(push(arguments.folder, arguments.repository, arguments.private))
     elif arguments.what == "pull":
-        print(pull(arguments.repository, arguments.revision))
+        print(_keep(pull(arguments.repository, arguments.revision), arguments.repository, SHIPPED))
     elif arguments.what == "list":
         return _list(load(), arguments.folder)
     else:
@@ -53,6 +55,21 @@ def run(arguments: argparse.Namespace, load: Callable[[], LVLM]) -> int:
         save_artifacts(transfer_revision(arguments.source, lvlm, existing), lvlm, out)
         print(f"Saved to {out}. Measure before use: python -m safety evaluate --model {arguments.model}")
     return 0
+
+
+def _keep(pulled: Path, repository: str, root: Path) -> Path:
+    """Copy pulled artifacts to where those of their model are looked for, so that the page offers them too.
+
+    Raises:
+        UserError: the model that they name cannot be a folder's name.
+    """
+    model = str(read_config(pulled)["fingerprint"].get("model")).rstrip("/").rpartition("/")[2]
+    if model in ("", ".", ".."):
+        raise UserError(f"The artifacts of {repository} do not say which model they are for: ask their author.")
+    folder = root / model / repository.replace("/", "--")
+    if folder.exists():
+        shutil.rmtree(folder)
+    return Path(shutil.copytree(pulled, folder))  # follows the cache's links
 
 
 def _list(lvlm: LVLM, folder: Path) -> int:

@@ -25,7 +25,8 @@ class Step:
     Attributes:
         request, lane: indices into what was asked. index: the token's number, from 0.
         text: what this token adds; "" while a character is incomplete and for the token that ends an answer.
-        harm: P(harm) of the state from which the token was chosen; None without a trace detector.
+        harm: P(harm) of the state from which the token was chosen, smoothed over the answer so far where the trace
+            detector has a memory; None without one.
         finish: None, or why the lane ends here: "eos", "length" (token limit) or "gate" (SASA refused).
         seconds: since the run began; prefill_seconds: of these, before the first token could be chosen.
         probability: of this token, at temperature 1. alternatives: the likeliest tokens there with theirs, this one

@@ -7,7 +7,7 @@ import torch
 from tiny import random_artifacts, tiny_llava
 
 from safety import __main__ as cli
-from safety.artifacts import Artifacts, load_artifacts, save_artifacts, transfer_revision
+from safety.artifacts import Artifacts, load_artifacts, read_config, save_artifacts, transfer_revision
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.settings import Lane
@@ -91,10 +91,26 @@ def test_the_commands_list_and_transfer(command, here, source, tmp_path):
     assert command("list", tmp_path / "empty")[1] == f"There are no artifacts in {tmp_path / 'empty'}.\n"
 
 
-def test_the_commands_push_and_pull(command, monkeypatch, tmp_path):
+def test_the_commands_push_and_pull(command, source, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("safety.share.push", lambda *arguments: seen.append(arguments) or "https://address")
-    monkeypatch.setattr("safety.share.pull", lambda *arguments: seen.append(arguments) or tmp_path)
+    monkeypatch.setattr("safety.share.pull", lambda *arguments: seen.append(arguments) or source)
+    monkeypatch.setattr("safety.share.SHIPPED", tmp_path / "artifacts")
     assert command("push", "folder", "me/it", "--private")[1] == "https://address\n"
-    assert command("pull", "me/it", "--revision", "v1")[1] == f"{tmp_path}\n"
+    folder = tmp_path / "artifacts" / "model" / "me--it"
+    for _ in range(2):  # again: in place of what is there
+        assert command("pull", "me/it", "--revision", "v1")[1] == f"{folder}\n"
+    assert read_config(folder) == read_config(source)
+    seen.pop()
     assert [str(argument) for arguments in seen for argument in arguments] == ["folder", "me/it", "True", "me/it", "v1"]
+
+
+@pytest.mark.parametrize("model", ["", "..", "a/.."])
+def test_pulled_artifacts_stay_in_their_folder(command, source, monkeypatch, tmp_path, model):
+    config = json.loads((source / "config.json").read_text())
+    config["fingerprint"]["model"] = model
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("safety.share.pull", lambda *arguments: source)
+    monkeypatch.setattr("safety.share.SHIPPED", tmp_path / "artifacts")
+    status, _, err = command("pull", "me/it")
+    assert status == 2 and "do not say which model" in err and not (tmp_path / "artifacts").exists()
