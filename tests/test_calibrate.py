@@ -226,6 +226,14 @@ def test_the_command(lvlm, samples, calibrated, tmp_path, capsys, monkeypatch):
     assert load_artifacts(lvlm, tmp_path / "out").sapt is None
 
 
+def test_parts_of_another_model_are_refused_before_the_work(lvlm, samples, calibrated, tmp_path):
+    other, seen = tiny_llava(layers=6), []
+    with pytest.raises(UserError, match="calibrate for this one"):
+        calibrate(other, samples[:56], [], calibrated[1], tmp_path, ("trace",), lambda *stage: seen.append(stage),
+                  recipe=RECIPE)
+    assert not seen
+
+
 def test_bad_flags_are_refused(lvlm, tmp_path):
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)

@@ -54,12 +54,14 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
         command: what would do it again; noted in the artifacts.
 
     Raises:
-        UserError: too few samples, or none that a part can learn from; says what to do.
+        UserError: too few samples, none that a part can learn from, or parts in `out` of another model; says what to do.
         Cancelled: `cancel` was set; what was finished stays in the work folder.
     """
     if min(sum(sample.unsafe for sample in samples), sum(not sample.unsafe for sample in samples)) < LEAST:
         raise UserError(f"Calibration needs at least {LEAST} safe and {LEAST} unsafe samples; "
                         "a few hundred are better.")
+    if set(parts) != set(PARTS) and (out / "config.json").exists():
+        load_artifacts(lvlm, out)  # what is kept must fit, or be refused before the work rather than after it
     progress = Progress(report, cancel)
     work = work / model_key(lvlm)
     refusals = [refusal_for(index) if sample.unsafe and sample.response != "" else None
