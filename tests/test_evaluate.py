@@ -1,5 +1,6 @@
 """The parts of an evaluation: statistics, judges, arms, suites, and the file that answers are kept in."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -199,6 +200,15 @@ def test_arms_carry_defenses_and_overridden_settings(artifacts):
     assert request.prompt == f"{SAFETY_PROMPT}\n\nWhat is this?"
     assert isinstance(request.image, Image.Image)
     assert none.request(Sample("1", "What is this?", "safe", "", image="x.png")).image == "x.png"
+
+
+def test_another_way_to_judge_has_its_own_threshold(artifacts):
+    known = dataclasses.replace(artifacts.sasa, thresholds={"clean": 0.11, "per-input": 0.22})
+    both = dataclasses.replace(artifacts, sasa=known)
+    plain, probe, chosen, named = arms_of("sasa,all:mode=probe,sasa:choice=per-input,sasa:mode=probe:threshold=0.4",
+                                          both)
+    assert plain.lane.sasa.threshold == artifacts.settings.sasa.threshold
+    assert [arm.lane.sasa.threshold for arm in (probe, chosen, named)] == [0.11, 0.22, 0.4]
 
 
 def test_every_set_parses_and_every_lane_runs_on_the_artifacts(artifacts):

@@ -54,7 +54,7 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
         command: what would do it again; noted in the artifacts.
 
     Raises:
-        UserError: too few samples, none that a part can learn from, or parts in `out` of another model; says what to do.
+        UserError: too few samples, none that a part can learn from, or another model's parts in `out`; says what to do.
         Cancelled: `cancel` was set; what was finished stays in the work folder.
     """
     if min(sum(sample.unsafe for sample in samples), sum(not sample.unsafe for sample in samples)) < LEAST:

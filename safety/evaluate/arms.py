@@ -118,17 +118,20 @@ def _arm(name: str, load: Callable[[str | None], Artifacts]) -> Arm:
     defenses = set(parts) & set(DEFENSES) | (set(DEFENSES) if "all" in parts else set())
     defenses |= {"revision"} if "random-vector" in parts else set()
     defenses |= {"sapt"} if "random-soft-prompt" in parts else set()
-    calibrated = load(folder).settings
+    artifacts = load(folder)
     settings: dict[str, Any] = {}
     for defense in defenses:
-        settings[defense] = getattr(calibrated, defense)
+        settings[defense] = getattr(artifacts.settings, defense)
         if settings[defense] is None:
             raise UserError(f"Lane {name!r} needs {defense} artifacts and this model has none. "
                             "Calibrate it first: python -m safety calibrate.")
-    for key, value in values.items():
-        defense, field = _field(name, key, settings)
+    chosen = [(*_field(name, key, settings), value) for key, value in values.items()]
+    for defense, field, value in chosen:
         settings[defense] = dataclasses.replace(settings[defense], **{field: _value(name, settings[defense], field,
                                                                                     value)})
+    if artifacts.sasa and "sasa" in settings and ("sasa", "threshold") not in [where[:2] for where in chosen]:
+        # A threshold holds for the probe that it was calibrated for: another way to judge has one of its own.
+        settings["sasa"] = dataclasses.replace(settings["sasa"], threshold=artifacts.sasa.threshold(settings["sasa"]))
     return Arm(name, Lane(name, **settings), "safety-prompt" in parts, "blank-image" in parts,
                frozenset(parts) & {"random-vector", "random-soft-prompt"}, folder)
 
