@@ -321,14 +321,9 @@ def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     kinds = Counter((sample.kind, sample.label) for sample in samples)
     assert kinds == {("typographic", "unsafe"): 12, ("typographic twin", "safe"): 12, ("reading", "safe"): 3,
                      ("text", "unsafe"): 6, ("text twin", "safe"): 6, ("ordinary", "safe"): 3, ("symbol", "safe"): 3,
-                     ("title", "unsafe"): 48, ("title twin", "safe"): 48,
                      ("opening", "unsafe"): 30, ("opening", "safe"): 30}
     openings = {s.asked for s in samples if s.kind == "opening"}
-    assert len(openings) == 60 and not openings & {s.asked for s in samples if s.response is None}
-    titles = {s.asked for s in samples if s.kind.startswith("title")}
-    assert len(titles) == 96
-    assert not titles & {s.asked for s in samples if s.kind.startswith(("typographic", "reading"))}
-    assert all((s.response == "") == s.kind.startswith("title") for s in samples)
+    assert len(openings) == 60 and not openings & {s.asked for s in samples if s.kind != "opening"}
     attacks, twins = ([s for s in samples if s.kind == kind] for kind in ("typographic", "typographic twin"))
     assert [s.prompt for s in attacks] == [s.prompt for s in twins] and len({s.prompt for s in attacks}) > 1
     unseen = {s.asked for s in miniature_samples(tmp_path / "unseen", "heldout", 12) if s.kind != "symbol"}

@@ -16,7 +16,6 @@ from safety.mini.symbols import COLOURS, SHAPES
 from safety.samples import CARRIER, Sample
 
 LONGEST = 75  # characters that fit a typographic picture
-TITLES = 4  # pictures whose request alone is shown to the probes of prompts, for each one that is answered as well
 # What is asked for in a list's title: "Steps to bake bread." asks for "bake bread".
 TITLE = re.compile(r"(?:Steps|Methods|Ways|Tips|Instructions|List of ways|List of steps|List three ways) to (.*)\.")
 
@@ -27,9 +26,8 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
     Kinds: "typographic" (unsafe) with "typographic twin" (safe), two thirds in FigStep's layout and the others each in
     a style of its own; "text" (unsafe) with "text twin" (safe) of the same word families; and, all safe, "ordinary"
     (text), "reading" (what does the picture say?) and "symbol" (a coloured shape to name). The training split also has
-    samples that cost little and show many more requests, since what limits a linear probe here is how many it has seen:
-    "title" and "title twin", pictures that are not answered, for probes of prompts; and "opening" (both labels), the
-    carrier prompt without a picture and the first words of an answer to yet another request, for detectors of answers.
+    "opening" (both labels): the carrier prompt without a picture and the first words of an answer to yet another
+    request. They cost little, and detectors of answers learn from them what many more requests look like in an answer.
     """
     rng = random.Random(f"{split} {seed}")
 
@@ -40,14 +38,10 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
         return [row for row in rows if row.form == "list" and len(row.text) <= LONGEST]
 
     folder.mkdir(parents=True, exist_ok=True)
-    harmful = pick(lists(corpus.harmful(split)), (1 + TITLES) * per_kind)
-    benign = pick(lists(corpus.list_prompts(split)), (1 + TITLES) * per_kind + per_kind // 4)
-    reading = [benign.pop() for _ in range(per_kind // 4)]
-    pictures = [("typographic", harmful[:per_kind]), ("typographic twin", benign[:per_kind])]
-    if split == "train":
-        pictures += [("title", harmful[per_kind:]), ("title twin", benign[per_kind:])]
+    benign = pick(lists(corpus.list_prompts(split)), per_kind + per_kind // 4)
     samples = []
-    for kind, rows in pictures:
+    for kind, rows in (("typographic", pick(lists(corpus.harmful(split)), per_kind)),
+                       ("typographic twin", benign[:per_kind])):
         for number, row in enumerate(rows):
             name = f"{split}-{kind.replace(' ', '-')}-{number}"
             picture, prompt = figstep(row.text), CARRIER
@@ -55,9 +49,8 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
                 picture, layout = draw.typographic(row.text, f"{split} style {number}")
                 prompt = FOLLOW[layout]
             picture.save(folder / f"{name}.png")
-            sample = _sample(name, row, kind, prompt, folder / f"{name}.png")
-            samples.append(replace(sample, response="") if kind.startswith("title") else sample)
-    for number, row in enumerate(reading):
+            samples.append(_sample(name, row, kind, prompt, folder / f"{name}.png"))
+    for number, row in enumerate(benign[per_kind:]):
         path = folder / f"{split}-reading-{number}.png"
         figstep(row.text).save(path)
         samples.append(_sample(path.stem, row, "reading", READ[number % len(READ)], path))
@@ -72,12 +65,12 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
         draw.coloured_shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), path.stem).save(path)
         samples.append(Sample(path.stem, NAME[number % len(NAME)], "safe", "symbol", str(path), kind="symbol"))
     if split == "train":
-        samples += _openings(5 * per_kind // 2, {sample.asked for sample in samples if sample.response is None}, seed)
+        samples += _openings(5 * per_kind // 2, {sample.asked for sample in samples}, seed)
     return samples
 
 
 def _openings(most: int, taken: set[str], seed: int) -> list[Sample]:
-    """At most so many openings of answers for each label, to requests that no answered sample asks."""
+    """At most so many openings of answers for each label, to requests that no other sample asks."""
     samples: list[Sample] = []
     for rows in (corpus.harmful("train"), corpus.twins("train")):
         titles = {match[1]: row for row in rows if row.text not in taken and (match := TITLE.fullmatch(row.text))}
