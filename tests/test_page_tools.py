@@ -62,6 +62,7 @@ def test_a_token_its_place_in_the_trace_and_the_reverse(shared: Any) -> None:
     assert "other" in told and "20 %" in told and "<b>bold</b>" in told
     assert sapt.locator(".token.lit").count() == 1 and sapt.locator(".cursor").get_attribute("visibility") == "visible"
     where = float(sapt.locator(".cursor").get_attribute("x1") or 0)
+    sapt.locator("svg.trace").scroll_into_view_if_needed()
     spot = shared.eval_on_selector_all(
         "svg.trace", "plots => { const box = plots[3].getBoundingClientRect(); return [box.left, box.top]; }"
     )
