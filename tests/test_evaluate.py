@@ -365,3 +365,12 @@ def test_the_ablation_of_sapt_includes_the_calibrated_threshold(artifacts):
     lanes = [arm.lane.sapt for arm in arms_of("sapt-ablation", artifacts)[1:]]
     assert {(sapt.interval, sapt.threshold) for sapt in lanes} == set(
         itertools.product((8, 16, 32), (0.5, 0.9, artifacts.settings.sapt.threshold)))
+
+
+def test_a_question_about_a_picture_is_another_one_about_another_picture(tmp_path):
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    red, blue = (Sample("1", "What is this?", "safe", "", image=str(tmp_path / f"{c}.png")) for c in ("red", "blue"))
+    assert red.request_digest != blue.request_digest
+    asked = [dataclasses.replace(sample, request="Bake bread.") for sample in (red, blue)]
+    assert asked[0].request_digest == asked[1].request_digest == Sample("2", "bake bread. ", "safe", "").request_digest
