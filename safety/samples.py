@@ -55,7 +55,7 @@ class Sample:
 
     @property
     def request_digest(self) -> str:
-        """16 hexadecimal digits of what is asked: tells whether two sets share a request without holding its words. Where
+        """16 hexadecimal digits of what is asked: tells whether two sets share a request, without its words. Where
         the request is about a picture ("What is this?"), the picture is part of it."""
         about = Path(self.image).read_bytes() if self.image and self.request is None else b""
         return hashlib.sha256(self.asked.strip().lower().encode() + about).hexdigest()[:16]
