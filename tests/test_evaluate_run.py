@@ -140,6 +140,8 @@ def test_the_summary_says_which_artifacts_it_is_of_and_what_they_had_seen(finish
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["seen_in_calibration"] == {"own": 1}
     assert "1 requests of the suite own were" in (tmp_path / "out" / "report.md").read_text()
+    arm = parse_arms("none", lambda folder: artifacts)[0]
+    assert len({run.answer_key(lvlm, replace(artifacts, about=note), arm, 4, 2) for note in ({}, about)}) == 1
     save_artifacts(random_artifacts(lvlm, seed=9), lvlm, tmp_path / "other")
     assert command.artifacts_digest(tmp_path / "other") != digest
     assert command.artifacts_digest(tmp_path) is None

@@ -9,7 +9,7 @@ repetition with the same lanes, limit, batch size and number of processes on the
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ DIGITS = 4  # of the probabilities that are kept
 
 
 def answer_key(lvlm: LVLM, artifacts: Artifacts, arm: Arm, max_new_tokens: int, batch: int) -> str:
-    """Digest of all that determines an arm's answers, but for the sample; number format and device are in the label."""
-    return digest([fingerprint(lvlm), lvlm.label, artifacts, arm, max_new_tokens, batch])
+    """Digest of all that determines an arm's answers, but for the sample; number format and device are in the label, and
+    what the artifacts note about their making changes no answer."""
+    return digest([fingerprint(lvlm), lvlm.label, replace(artifacts, about={}), arm, max_new_tokens, batch])
 
 
 def sample_key(sample: Sample) -> str:
