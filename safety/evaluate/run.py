@@ -30,7 +30,7 @@ DIGITS = 4  # of the probabilities that are kept
 
 
 def answer_key(lvlm: LVLM, artifacts: Artifacts, arm: Arm, max_new_tokens: int, batch: int) -> str:
-    """Digest of all that determines an arm's answers, but for the sample; number format and device are in the label, and
+    """Digest of all that determines an arm's answers, but for the sample; number format and device are in the label;
     what the artifacts note about their making changes no answer."""
     return digest([fingerprint(lvlm), lvlm.label, replace(artifacts, about={}), arm, max_new_tokens, batch])
 
