@@ -7,6 +7,7 @@ import urllib.error
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safety.mini import align, answers, base, corpus, lora, text_abilities
@@ -303,7 +304,7 @@ def test_alignment_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(align, "load_tokenizer", StubTokenizer)
     monkeypatch.setattr(align, "answer_all", lambda model, tokenizer, prompts, path: {p: "Yes." for p, _ in prompts})
     settings = align.AlignSettings(steps=4, batch_size=4, warmup=1, save_every=2)
-    whole = align.load_file(align.align(tmp_path / "whole", settings=settings))
+    whole = load_file(align.align(tmp_path / "whole", settings=settings))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "align.log").read_text().splitlines()]
     assert len(losses) == 4
 
@@ -323,7 +324,7 @@ def test_alignment_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch):
         patch.setattr(torch.optim.AdamW, "step", stop_at_the_fourth)
         with pytest.raises(Interrupted):
             align.align(tmp_path / "resumed", settings=settings)
-    resumed = align.load_file(align.align(tmp_path / "resumed", settings=settings))
+    resumed = load_file(align.align(tmp_path / "resumed", settings=settings))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from safety.artifacts import load_artifacts
 from safety.calibrate.samples import miniature_samples
@@ -100,13 +99,13 @@ def test_the_command_line_prints_the_documented_json(tmp_path):
     assert any(event["type"] == "check" for event in result["lanes"][3]["events"])
 
 
-def test_the_library_example_of_the_readme_runs(engine, tmp_path, monkeypatch, capsys):
+def test_the_library_example_of_the_readme_runs(engine, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    Image.new("RGB", (64, 64), "white").save(tmp_path / "picture.png")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT)  # its picture is one of the project's own
     exec(code[1], {})
-    assert len(capsys.readouterr().out.splitlines()) > 4
+    lanes = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(("none ", "all "))}
+    assert lanes == {"none", "all"}
 
 
 def test_a_run_leaves_no_hooks_behind(engine):
