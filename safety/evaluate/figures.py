@@ -49,7 +49,15 @@ def _draw(size: tuple[float, float], paint: Callable[[Axes], None]) -> str:
 
 
 def _style(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
+    """Colour and mark of an arm; where there are more arms than colours, each pair of the two occurs once."""
+    turn, place = divmod(number, len(COLOURS))
+    return {"color": COLOURS[place], "marker": MARKS[(place + turn) % len(MARKS)]}
+
+
+def _beside_legend(least: float, lines: int) -> tuple[float, float]:
+    """Width and height in inches, the latter at least `least`, of a figure beside a legend of so many lines. Many arms
+    have long names."""
+    return 6.5 if lines <= len(COLOURS) else 9.5, max(least, 0.5 + 0.2 * lines)
 
 
 def _by_suite(summary: Summary, measure: str, label: str) -> str:
@@ -69,7 +77,8 @@ def _by_suite(summary: Summary, measure: str, label: str) -> str:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return "" if not suites else _draw((7.5, 0.8 + len(suites) * max(0.4, 0.13 * len(arms))), paint)
+    width, height = _beside_legend(0.8 + len(suites) * max(0.4, 0.13 * len(arms)), len(arms))
+    return "" if not suites else _draw((1 + width, height), paint)
 
 
 def _pareto(summary: Summary, group: str, measure: str, label: str) -> str:
@@ -87,7 +96,7 @@ def _pareto(summary: Summary, group: str, measure: str, label: str) -> str:
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=label, ylabel="success of picture attacks")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _draw((6.5, 4.2), paint) if attacks and others else ""
+    return _draw(_beside_legend(4.2, len(attacks)), paint) if attacks and others else ""
 
 
 def _detectors(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:
@@ -138,4 +147,5 @@ def _awareness(summary: Summary) -> str:
                           linestyle=("-", "--", ":", "-.")[number % 4])
         axes.set(xlim=(0, last), ylim=(0, 1.02), xlabel="token of the answer", ylabel="have begun to refuse")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _draw((6.5, 3.6), paint) if any(row["n"] for row in summary["awareness"].values()) else ""
+    shown = sum(bool(row["n"]) for row in summary["awareness"].values())
+    return _draw(_beside_legend(3.6, shown), paint) if shown else ""
