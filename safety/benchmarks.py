@@ -10,7 +10,7 @@ import json
 import random
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +70,13 @@ def read(spec: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
     if missing:
         raise UserError(f"{spec} lacks the picture {missing}. Unpack the benchmark's pictures there.")
     return samples
+
+
+def read_all(specs: Sequence[str], limit: int | None = None, seed: int = 0) -> list[Sample]:
+    """The samples of several specs (:func:`read`); ids are told apart by the spec they come from."""
+    rows = [(spec, read(spec, limit, seed)) for spec in specs]
+    return [replace(sample, id=f"{spec} {sample.id}") if len(rows) > 1 else sample
+            for spec, samples in rows for sample in samples]
 
 
 def _draw(count: int, limit: int | None, seed: int) -> list[int]:

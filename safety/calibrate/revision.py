@@ -7,7 +7,6 @@ Constructions (arXiv 2501.16378), always safe minus unsafe:
 """
 
 import json
-import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -23,6 +22,7 @@ from safety.calibrate.vectors import Side, fit_revision
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.evaluate.judges import is_garbage
+from safety.evaluate.run import write_json
 from safety.refusal import refusal_start
 from safety.settings import MAX_LANES, Lane, Revision
 
@@ -162,9 +162,7 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
                                                              for answer in texts[:len(harmful)]])), 4),
                              "benign_refused": round(float(np.mean(refused[len(harmful):])), 4),
                              "lost": round(float(helped_before - helped), 4)})
-            draft = path.with_suffix(f".{os.getpid()}.part")  # a killed run leaves no half file under the final name
-            draft.write_text(json.dumps(made))
-            draft.replace(path)
+            write_json(path, made)
             rows += made
     return rows
 

@@ -6,7 +6,6 @@ samples, recipe). A start after a kill, at any point, takes up what holds and do
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import sys
@@ -23,7 +22,7 @@ import transformers
 from tqdm import tqdm
 
 from safety.artifacts import Artifacts, default_folder, load_artifacts, save_artifacts
-from safety.benchmarks import read
+from safety.benchmarks import read_all
 from safety.calibrate import revision, sapt, sasa, trace, trial
 from safety.calibrate.material import PARTS, Material, Recipe
 from safety.calibrate.observe import digest, model_key, observe, refusal_for, sample_key
@@ -31,6 +30,7 @@ from safety.calibrate.progress import Progress, Report
 from safety.calibrate.samples import miniature_samples
 from safety.engine import Engine
 from safety.errors import UserError
+from safety.evaluate.run import write_json
 from safety.lvlm import LVLM, MINIATURE
 from safety.samples import Sample
 
@@ -131,9 +131,7 @@ def _try_lanes(engine: Engine, samples: Sequence[Sample], recipe: Recipe, out: P
             rows = trial.answer_all(engine, part, lanes, recipe.answer_tokens, tick=tick)
             known |= {sample.id: [answer.text for answer in answers]
                       for sample, answers in zip(part, rows, strict=True)}
-            draft = path.with_suffix(f".{os.getpid()}.part")  # a killed run leaves a whole file
-            draft.write_text(json.dumps(known))
-            draft.replace(path)
+            write_json(path, known)
     return {lane.name: trial.tally(samples, [known[sample.id][number] for sample in samples])
             for number, lane in enumerate(lanes)}
 
@@ -180,9 +178,9 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
                     detector=arguments.detector, interval=arguments.interval, seed=arguments.seed)
     recipe = replace(recipe, soft=replace(recipe.soft, length=arguments.soft_tokens, steps=arguments.soft_steps,
                                           seed=arguments.seed))
-    held_out = _read(arguments.held_out or [], arguments)
+    held_out = read_all(arguments.held_out or [], arguments.limit, arguments.seed)
     if arguments.data:
-        samples = _read(arguments.data, arguments)
+        samples = read_all(arguments.data, arguments.limit, arguments.seed)
     elif lvlm.name == MINIATURE:
         samples = miniature_samples(arguments.work / "images", "train", arguments.per_kind, arguments.seed)
         held_out = held_out or miniature_samples(arguments.work / "images", "heldout", HELD_OUT, arguments.seed)
@@ -196,13 +194,6 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
                              f" garbage {row['garbage']['hits']}" for kind, row in kinds.items()), sep="  ")
     print(f"Saved to {out}.")
     return 0
-
-
-def _read(specs: Sequence[str], arguments: argparse.Namespace) -> list[Sample]:
-    """The samples of several specs; ids are told apart by the spec they come from."""
-    rows = [(spec, read(spec, arguments.limit, arguments.seed)) for spec in specs]
-    return [replace(sample, id=f"{spec} {sample.id}") if len(rows) > 1 else sample
-            for spec, samples in rows for sample in samples]
 
 
 class _Bars:

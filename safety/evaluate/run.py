@@ -164,6 +164,6 @@ def join() -> Callable[[], None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in one step, so that a reader never finds half of it."""
-    draft = path.with_suffix(".tmp")
+    draft = path.with_suffix(f".{os.getpid()}.part")
     draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(path)

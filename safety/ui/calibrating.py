@@ -5,7 +5,6 @@ import shlex
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from safety.artifacts import Artifacts
@@ -36,9 +35,10 @@ def calibration(data: str) -> Calibration:
 
     def work(engine: Engine, report: Callable[[str, int, int], None], cancel: threading.Event) -> Artifacts:
         from safety.artifacts import default_folder
+        from safety.benchmarks import read_all
         from safety.calibrate import Cancelled, calibrate
 
-        samples, held_out = split(_read(specs))
+        samples, held_out = split(read_all(specs))
         folder = default_folder(engine.lvlm)
         try:
             return calibrate(
@@ -54,18 +54,6 @@ def calibration(data: str) -> Calibration:
             raise UserError("Calibrating was stopped; what is finished is taken up again next time.") from None
 
     return work
-
-
-def _read(specs: Sequence[str]) -> list[Sample]:
-    """The samples of several specs; ids are told apart by the spec they come from."""
-    from safety.benchmarks import read
-
-    rows = [(spec, read(spec)) for spec in specs]
-    return [
-        replace(sample, id=f"{spec} {sample.id}") if len(rows) > 1 else sample
-        for spec, samples in rows
-        for sample in samples
-    ]
 
 
 def split(samples: Sequence[Sample], seed: int = 0) -> tuple[list[Sample], list[Sample]]:
