@@ -5,8 +5,9 @@
 
 `label` says whether the *request* is "safe" or "unsafe". `request` is what is really asked, where the prompt alone does
 not say it (a harmless carrier prompt under a typographic picture); it is the prompt where absent. `image` (relative to
-the file), `response` (an answer to learn from; empty: only the request is learned from), `refusal` (a safe answer to a
-harmful request, to contrast that with), `kind` and `expected` (words of a right answer) are optional.
+the file), `response` (an answer to learn from; empty: only the request is learned from), `partial` (true: the response
+is the opening of an answer), `refusal` (a safe answer to a harmful request, to contrast that with), `kind` and
+`expected` (words of a right answer) are optional.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ class Sample:
 
     Attributes:
         response: the answer that calibration learns from, harmful where it answers a harmful request; None: the model's
-            own. refusal: what a safe answer to a harmful request would be; None: a plain refusal.
+            own. partial: the response is an answer's first words: detectors learn from it, but it does not say how an
+            answer goes on, nor judges. refusal: what a safe answer to a harmful request would be; None: a plain one.
         scenario: topic; samples of one scenario are alike, so statistics resample whole scenarios.
         kind: groups samples of one make, such as "typographic".
         request: what is really asked; answers are judged against it. None: the prompt.
@@ -45,6 +47,7 @@ class Sample:
     request: str | None = None
     expected: tuple[str, ...] = ()
     refusal: str | None = None
+    partial: bool = False
 
     @property
     def unsafe(self) -> bool:
@@ -93,12 +96,15 @@ def read_samples(path: Path) -> list[Sample]:
                 raise UserError(f'Line {number} of {path}: "{name}" must be text, but it is {row[name]!r}.')
         if not isinstance(expected, list) or not all(isinstance(word, str) for word in expected):
             raise UserError(f'Line {number} of {path}: "expected" must be a list of words, but it is {expected!r}.')
+        if not isinstance(row.get("partial", False), bool) or (row.get("partial") and not row.get("response")):
+            raise UserError(f'Line {number} of {path}: "partial" must be true or false, and what is partial needs a '
+                            '"response".')
         image = str(path.parent / row["image"]) if row.get("image") else None
         if image and not Path(image).is_file():
             raise UserError(f"Line {number} of {path} lacks its picture: there is no file {image}.")
         sample = Sample(str(row.get("id", number)), prompt, label, row.get("scenario") or "", image,
                         row.get("response"), row.get("kind") or "", row.get("request"), tuple(expected),
-                        row.get("refusal"))
+                        row.get("refusal"), row.get("partial", False))
         samples.append(sample)
     if len({sample.id for sample in samples}) < len(samples):
         raise UserError(f"Two lines of {path} have the same id. Give each sample its own.")
@@ -110,7 +116,7 @@ def write_samples(samples: list[Sample], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for sample in samples:
-        row = {key: value for key, value in asdict(sample).items() if value not in (None, ())}
+        row = {key: value for key, value in asdict(sample).items() if value not in (None, (), False)}
         if sample.image and Path(sample.image).is_relative_to(path.parent):
             row["image"] = str(Path(sample.image).relative_to(path.parent))
         lines.append(json.dumps(row, ensure_ascii=False))

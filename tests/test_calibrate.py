@@ -190,6 +190,23 @@ def test_an_unanswered_sample_teaches_probes_of_prompts_alone(lvlm, samples, tmp
     assert whole.about["sample_digests"] == sorted({sample.request_digest for sample in given})
 
 
+def test_an_opening_teaches_detectors_but_does_not_say_how_an_answer_goes_on_nor_judges(
+        lvlm, samples, calibrated, tmp_path):
+    opened = [replace(sample, response="one two", partial=True, id=f"opened {sample.id}") for sample in samples[:16]]
+    made = calibrate(lvlm, [*samples[:56], *opened], [], tmp_path, calibrated[2], recipe=RECIPE).about
+    plain = calibrated[0].about
+    assert made["sapt"]["lessons"] == plain["sapt"]["lessons"]
+    assert made["sapt"]["fitted_on_checks"] > plain["sapt"]["fitted_on_checks"]
+    assert made["revision"]["pairs"] == plain["revision"]["pairs"]
+    assert made["trace"]["fitted_on_answers"] == plain["trace"]["fitted_on_answers"] + 12
+    assert made["trace"]["validated_on_answers"] == plain["trace"]["validated_on_answers"]
+    judged = [about["sapt"]["detectors"]["joint"]["validated_on"] for about in (made, plain)]
+    assert judged[0] == judged[1]
+    streams = [about["sasa"]["streams"]["clean"] for about in (made, plain)]
+    assert streams[0]["fitted_on"] == streams[1]["fitted_on"] + 12
+    assert streams[0]["validated_on"] == streams[1]["validated_on"] + 4
+
+
 def test_a_samples_own_refusal_is_what_its_harmful_answer_is_contrasted_with(lvlm, samples, tmp_path):
     given = [samples[0], replace(samples[0], refusal="that would hurt them")]
     refusals = [observe.refusal_for(sample, 0) for sample in given]
@@ -291,6 +308,8 @@ def test_bad_flags_are_refused(lvlm, tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("not json", "Line 1"), ('{"prompt": "a"}', "Line 1"), ('{"prompt": "a", "label": "evil"}', '"safe" or "unsafe"'),
+    ('{"prompt": "a", "label": "safe", "partial": true}', "partial"),
+    ('{"prompt": "a", "label": "safe", "response": "b", "partial": "yes"}', "partial"),
     ('{"id": 1, "prompt": "a", "label": "safe"}\n{"id": 1, "prompt": "b", "label": "safe"}', "same id")])
 def test_bad_sample_files_are_refused(tmp_path, text, message):
     path = tmp_path / "bad.jsonl"

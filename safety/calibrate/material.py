@@ -82,13 +82,19 @@ class Material:
 
     @cached_property
     def validation(self) -> np.ndarray:
-        """[samples] bool: the fourth, eighth, … of every label and kind, of those both openly asked and answered."""
-        count: Counter[tuple[str, str]] = Counter()
+        """[samples] bool: the fourth, eighth, … of every label and kind of those openly asked, answered or not."""
+        count: Counter[tuple[str, str, bool]] = Counter()
         marks = []
-        for sample, whole in zip(self.samples, self.openly & self.answered, strict=True):
-            count[sample.label, sample.kind] += 1
-            marks.append(bool(whole) and count[sample.label, sample.kind] % 4 == 0)
+        for sample, openly in zip(self.samples, self.openly, strict=True):
+            key = (sample.label, sample.kind, sample.response != "")
+            count[key] += 1
+            marks.append(bool(openly) and count[key] % 4 == 0)
         return np.array(marks)
+
+    @cached_property
+    def whole(self) -> np.ndarray:
+        """[samples] bool: is there an answer of which more than its opening is known?"""
+        return self.answered & ~np.array([sample.partial for sample in self.samples])
 
     @cached_property
     def complied(self) -> np.ndarray:

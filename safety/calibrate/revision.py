@@ -53,7 +53,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
 
 def _pairs(material: Material) -> list[int]:
     """Harmful samples whose undefended answer is unsafe, none of them for validation; read rightly where possible."""
-    usable = material.complied & ~material.validation & material.openly
+    usable = material.complied & material.whole & ~material.validation & material.openly
     numbers = indices(usable & material.understood)
     if len(numbers) < 8:
         numbers = indices(usable)
@@ -130,8 +130,8 @@ def _choose(material: Material, artifacts: Artifacts) -> tuple[Revision, list[di
 
 def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], count: int, title: str) -> list[dict]:
     """What each candidate does to the first `count` validation samples of each side, beside the undefended answers."""
-    harmful = indices(material.validation & material.complied)[:count]
-    benign = indices(material.validation & ~material.unsafe)
+    harmful = indices(material.validation & material.whole & material.complied)[:count]
+    benign = indices(material.validation & material.whole & ~material.unsafe)
     benign = benign[::max(1, len(benign) // count)][:count]  # of every kind
     samples = [material.samples[i] for i in (*harmful, *benign)]
     plain = [material.lvlm.text(material.observed[i].ids[:TOKENS]) for i in benign]

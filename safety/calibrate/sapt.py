@@ -33,8 +33,8 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     recipe = material.recipe
     lessons = {index: lesson for index in range(len(material.samples)) if (lesson := _lesson(material, index))}
     fitted = [index for index in lessons if not material.validation[index] and material.understood[index]]
-    # Answers that were not generated, but given as openings, teach the detectors only.
-    whole = [index for index in fitted if material.openly[index]]
+    # Openings of answers, and answers to requests that only they show, teach the detectors only.
+    whole = [index for index in fitted if material.openly[index] and material.whole[index]]
     held_out = [index for side in (True, False)
                 for index in [i for i in whole if bool(lessons[i].refusal) == side][::6][:LOOKS]]
     trained = [index for index in whole if index not in set(held_out)]
@@ -171,8 +171,8 @@ def _operating_point(material: Material, probe: Probe, name: str, lessons: dict[
     def peaks(which: np.ndarray) -> np.ndarray:
         return np.array([probe.probability(checks[i]).max().item() if len(checks[i]) else 0.0
                          for i in indices(which)])
-    benign = material.validation & ~material.unsafe
-    harmful = material.validation & material.complied
+    benign = material.validation & material.whole & ~material.unsafe
+    harmful = material.validation & material.whole & material.complied
     quiet, loud = peaks(benign), peaks(harmful)
     threshold, alarms = material.threshold(quiet, benign, PAPERS[name])
     fixed = PAPERS[name]
