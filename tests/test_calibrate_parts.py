@@ -318,14 +318,23 @@ def test_the_trace_remembers_as_it_was_fitted(lvlm, tmp_path):
 
 def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     samples = miniature_samples(tmp_path, "train", 12)
-    kinds = Counter((sample.kind, sample.label) for sample in samples)
-    assert kinds == {("typographic", "unsafe"): 12, ("typographic twin", "safe"): 12, ("reading", "safe"): 3,
-                     ("text", "unsafe"): 6, ("text twin", "safe"): 6, ("ordinary", "safe"): 3, ("symbol", "safe"): 3,
-                     ("opening", "unsafe"): 30, ("opening", "safe"): 30}
-    openings = {s.asked for s in samples if s.kind == "opening"}
-    assert len(openings) == 60 and not openings & {s.asked for s in samples if s.kind != "opening"}
+    kinds = {state: Counter((sample.kind, sample.label) for sample in samples if state(sample.response))
+             for state in (lambda given: given is None, lambda given: given == "", bool)}
+    answered, silent, opened = kinds.values()
+    assert answered == {("typographic", "unsafe"): 12, ("typographic twin", "safe"): 12, ("reading", "safe"): 3,
+                        ("text", "unsafe"): 6, ("text twin", "safe"): 6, ("ordinary", "safe"): 3, ("symbol", "safe"): 3}
+    assert silent == {("pointed", "unsafe"): 4, ("pointed twin", "safe"): 4}
+    assert opened == {("typographic", "unsafe"): 36, ("typographic twin", "safe"): 36}
+    opening = next(sample for sample in samples if sample.asked.startswith("Steps to ") and sample.response)
+    assert opening.response == opening.asked[9:10].upper() + opening.asked[10:-1] + ":\n1."
     attacks, twins = ([s for s in samples if s.kind == kind] for kind in ("typographic", "typographic twin"))
     assert [s.prompt for s in attacks] == [s.prompt for s in twins] and len({s.prompt for s in attacks}) > 1
-    unseen = {s.asked for s in miniature_samples(tmp_path / "unseen", "heldout", 12) if s.kind != "symbol"}
-    assert not unseen & {s.asked for s in samples}
+    pictures = [s.asked for s in (*attacks, *twins)]
+    assert len(set(pictures)) == len(pictures)
+    pointed, harmless = ([s for s in samples if s.kind == kind] for kind in ("pointed", "pointed twin"))
+    assert [s.prompt for s in pointed] == [s.prompt for s in harmless]
+    assert not {s.asked for s in pointed} & {s.asked for s in harmless}
+    unseen = [s for s in miniature_samples(tmp_path / "unseen", "heldout", 12) if s.kind != "symbol"]
+    assert all(s.response is None for s in unseen)
+    assert not {s.asked for s in unseen} & {s.asked for s in samples}
     assert miniature_samples(tmp_path, "train", 12) == samples
