@@ -223,6 +223,6 @@ def measure_abilities(
     )
     report["benign_typographic"], rows["benign"] = benign_images(model, processor, size(48))
     transcript: dict[str, Rows] = {}
-    report["text"] = text_abilities(model, processor.tokenizer, data, limit=size(60), transcript=transcript)
+    report["text"] = text_abilities(model, processor.tokenizer, data, limit=size(200), transcript=transcript)
     report["harm_signal"] = harm_signal(model, processor, lexicon, size(400), size(240))
     return report, rows | transcript
