@@ -75,7 +75,7 @@ def test_everything_is_fitted_saved_and_tried(lvlm, calibrated):
     assert about["revision"]["construction"] == "multi-response" and about["revision"]["pairs"] == 22
     assert set(about["held_out"]) == {"none", "sasa", "revision", "sapt", "all"}
     assert about["held_out"]["none"]["image"]["refused"]["n"] == 4
-    assert about["samples"]["image"] == {"n": 28, "validation": 6, "complied": 14, "understood": 28}
+    assert about["samples"]["image"] == {"n": 28, "validation": 6, "answered": 28, "complied": 14, "understood": 28}
     pair = artifacts.settings.sasa
     assert f"{pair.safety_layer}-{pair.fused_layer} ships" in about["sasa"]["why"]
     for name in ("sasa-curves.png", "sapt-losses.png"):

@@ -108,14 +108,15 @@ def _merged(made: Artifacts, parts: Sequence[str], lvlm: LVLM, out: Path) -> Art
 
 
 def _census(material: Material) -> dict[str, dict[str, int]]:
-    """Per kind: how many samples, kept out of fits, answered by the undefended model, read rightly."""
+    """Per kind: how many samples; kept out of fits; with a whole answer; of those, complied with and read rightly."""
     table: dict[str, dict[str, int]] = {}
     for index, sample in enumerate(material.samples):
-        row = table.setdefault(sample.kind, {"n": 0, "validation": 0, "complied": 0, "understood": 0})
+        row = table.setdefault(sample.kind, dict.fromkeys(("n", "validation", "answered", "complied", "understood"), 0))
         row["n"] += 1
         row["validation"] += int(material.validation[index])
-        row["complied"] += int(material.complied[index])
-        row["understood"] += int(material.understood[index])
+        row["answered"] += int(material.whole[index])
+        row["complied"] += int(material.complied[index] and material.whole[index])
+        row["understood"] += int(material.understood[index] and material.whole[index])
     return table
 
 

@@ -36,12 +36,11 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     rule = layers.choose_blocks(curve, separable, max(1, lvlm.deepstack))
     pairs = tried_pairs(lvlm)
     ranked = _screen(material, chosen, sorted({rule, *pairs}))
-    best = max(ranked, key=lambda pair: ranked[pair])
-
     # The rule's pair was run on the screened samples only; it gets a probe if it leads, or if those are all there are.
-    shipped = sorted({best, *pairs, *([rule] if chosen.sum() <= SCREEN else [])})
+    leads = max(ranked, key=lambda pair: ranked[pair]) == rule
+    shipped = sorted({*pairs, *([rule] if leads or chosen.sum() <= SCREEN else [])})
     fitted, judged = chosen & ~material.validation, chosen & material.validation
-    probes, found, certain = {}, {}, []
+    probes, found, certain, standing = {}, {}, [], {}
     for pair in (None, *shipped):
         result = cross_fit(_logits(material, fitted, pair), material.unsafe[fitted])
         scores = result.probe.probability(torch.from_numpy(_logits(material, judged, pair))).numpy()
@@ -51,6 +50,8 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
                        "cross_validated_auroc": round(result.auroc, 4), **_operating_point(material, scores, judged)}
         if pair is not None:
             certain.append(scores)
+            standing[pair] = np.nan_to_num(result.auroc, nan=0.5)
+    best = max(standing, key=lambda pair: standing[pair])
     per_input = _per_input(material, certain, judged)
     thresholds = {name: row["threshold"] for name, row in (found | {"per-input": per_input}).items()}
     artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in shipped}, probes["clean"],
@@ -61,9 +62,10 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     named = "which is the pair of the rule itself" if best == rule else "not the pair of the rule"
     return {"pair_by_the_papers_rule": list(rule), "shipped_pair": list(best),
             "why": f"The safety-specific heads concentrate around block {rule[0]} (centre of mass of the upper curve); "
-                   f"behind it harmful and benign separate best at block {rule[1]} (lower curve). Of that pair and "
-                   f"evenly spaced ones, {best[0]}-{best[1]} ships, {named}: its probe has the highest "
-                   "cross-validated AUROC on the same samples.",
+                   f"behind it harmful and benign separate best at block {rule[1]} (lower curve). Beside evenly "
+                   "spaced pairs it is a candidate if it leads on the screened samples. "
+                   f"{best[0]}-{best[1]} ships, {named}: of the candidates' probes its has the highest "
+                   "cross-validated AUROC.",
             "curves": CURVES, "safety_curve": [round(v, 2) for v in curve.tolist()],
             "safety_heads": [list(head) for head in layers.safety_heads(harmful, ordinary)],
             "separability": [round(v, 3) for v in separable.tolist()], "screened_on": int(_screened(chosen).sum()),
