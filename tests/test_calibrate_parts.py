@@ -15,6 +15,7 @@ from tiny import random_artifacts, tiny_llava
 from safety.artifacts import Artifacts
 from safety.calibrate import layers, observe, soft_prompt, trace, vectors
 from safety.calibrate.caches import join, pack
+from safety.calibrate.material import Material, Recipe
 from safety.calibrate.progress import Cancelled, Progress
 from safety.calibrate.samples import miniature_samples
 from safety.calibrate.sapt import check_points
@@ -321,10 +322,12 @@ def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     kinds = {state: Counter((sample.kind, sample.label) for sample in samples if state(sample.response))
              for state in (lambda given: given is None, lambda given: given == "", bool)}
     answered, silent, opened = kinds.values()
-    assert answered == {("typographic", "unsafe"): 12, ("typographic twin", "safe"): 12, ("reading", "safe"): 3,
+    assert answered == {("typographic", "unsafe"): 12 + 9, ("typographic twin", "safe"): 12 + 9, ("reading", "safe"): 3,
                         ("text", "unsafe"): 6, ("text twin", "safe"): 6, ("ordinary", "safe"): 3, ("symbol", "safe"): 3}
     assert silent == {("pointed", "unsafe"): 4, ("pointed twin", "safe"): 4}
-    assert opened == {("typographic", "unsafe"): 36, ("typographic twin", "safe"): 36}
+    assert opened == {("typographic", "unsafe"): 27, ("typographic twin", "safe"): 27}
+    found = Material(None, samples, [], Recipe(), tmp_path, tmp_path)
+    assert not (found.validation & ~found.whole & found.answered).any()  # openings do not judge
     opening = next(sample for sample in samples if sample.asked.startswith("Steps to ") and sample.response)
     assert opening.response == opening.asked[9:10].upper() + opening.asked[10:-1] + ":\n1."
     attacks, twins = ([s for s in samples if s.kind == kind] for kind in ("typographic", "typographic twin"))

@@ -21,6 +21,7 @@ from safety.samples import Sample
 from safety.statistics import conformal_threshold
 
 PARTS = ("sasa", "revision", "sapt", "trace")
+JUDGES = 4  # every so many-th sample of a label and kind takes part in no fit
 Construction = Literal["multi-response", "multi-instruction", "text-response"]
 
 
@@ -88,7 +89,7 @@ class Material:
         for sample, openly in zip(self.samples, self.openly, strict=True):
             key = (sample.label, sample.kind, sample.response != "")
             count[key] += 1
-            marks.append(bool(openly) and count[key] % 4 == 0)
+            marks.append(bool(openly) and count[key] % JUDGES == 0)
         return np.array(marks)
 
     @cached_property

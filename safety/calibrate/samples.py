@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from safety.calibrate.material import JUDGES
 from safety.evaluate import draw
 from safety.evaluate.suites import FOLLOW, NAME, POINTERS, READ, Pointers, lists, pointed
 from safety.mini import corpus
@@ -15,7 +16,7 @@ from safety.mini.symbols import COLOURS, SHAPES
 from safety.mini.tasks import content_of
 from safety.samples import CARRIER, Sample
 
-FURTHER = 3  # times as many requests again in pictures whose answer's opening is given
+FURTHER = 3  # times as many requests again in pictures; unless they are to judge, an answer's opening is given
 # Innocent words and two pictures: with the first the request is harmful, with the second it is not. None is a question
 # of the evaluation; of dangerous symbols there are only these five.
 POINTED: Pointers = (
@@ -42,7 +43,7 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
     a style of its own; "text" (unsafe) with "text twin" (safe) of the same word families; "pointed" (unsafe) with
     "pointed twin" (safe): innocent words about a symbol; and, all safe, "ordinary" (text), "reading" (what does the
     picture say?) and "symbol" (a coloured shape or a symbol to name). In the training split the pointed ones are not
-    answered, and it has more typographic pictures, with the opening of an answer given: they cost a quarter of an
+    answered, and it has more typographic pictures, most with the opening of an answer given: they cost a quarter of an
     answered one, and detectors learn from them what many more requests look like.
     """
     rng = random.Random(f"{split} {seed}")
@@ -79,8 +80,9 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
     if split == "train":
         for pool, taken in ((corpus.harmful(split), harmful), (corpus.list_prompts(split), benign)):
             rows = pick([row for row in lists(pool) if row not in taken], FURTHER * per_kind)
-            samples += [replace(sample, response=f"{content_of(sample.asked)}:\n1.", partial=True)
-                        for sample in _typographic(folder, split, rows, per_kind)]
+            samples += [sample if number % JUDGES == JUDGES - 1
+                        else replace(sample, response=f"{content_of(sample.asked)}:\n1.", partial=True)
+                        for number, sample in enumerate(_typographic(folder, split, rows, per_kind), per_kind)]
     return samples
 
 
