@@ -32,9 +32,10 @@ _EXPLANATIONS = (
         DEFENSES["sasa"].full,
         "before the first word",
         "Inside the model, an early “safety” [block] and a later one that has understood the request see it "
-        "differently. SASA projects the early block’s state onto the later one’s, so that safety gets to see what "
-        "the request means; a small [probe] then reads off how harmful it is. At or above the [threshold] the "
-        "answer is a refusal; below it the model answers exactly as it would have [undefended].",
+        "differently. SASA puts what the later one has understood in the early block’s place (the early state, "
+        "projected onto the later one’s), so that safety gets to see what the request means; a small [probe] then "
+        "reads off how harmful it is. At or above the [threshold] the answer is a refusal; below it the model "
+        "answers exactly as it would have [undefended].",
     ),
     (
         "revision",
