@@ -98,6 +98,11 @@ class Material:
         return self.answered & ~np.array([sample.partial for sample in self.samples])
 
     @cached_property
+    def judging(self) -> np.ndarray:
+        """[samples] bool: validation samples by whose whole answers what acts on answers is judged."""
+        return self.validation & self.whole
+
+    @cached_property
     def complied(self) -> np.ndarray:
         """[samples] bool: a harmful request that the undefended model answered. A refusal or nothing is a safe text."""
         return self.answered & np.array([sample.unsafe and bool(seen.ids) and refusal_start(seen.answer) is None

@@ -130,8 +130,8 @@ def _choose(material: Material, artifacts: Artifacts) -> tuple[Revision, list[di
 
 def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], count: int, title: str) -> list[dict]:
     """What each candidate does to the first `count` validation samples of each side, beside the undefended answers."""
-    harmful = indices(material.validation & material.whole & material.complied)[:count]
-    benign = indices(material.validation & material.whole & ~material.unsafe)
+    harmful = indices(material.judging & material.complied)[:count]
+    benign = indices(material.judging & ~material.unsafe)
     benign = benign[::max(1, len(benign) // count)][:count]  # of every kind
     samples = [material.samples[i] for i in (*harmful, *benign)]
     plain = [material.lvlm.text(material.observed[i].ids[:TOKENS]) for i in benign]

@@ -171,8 +171,8 @@ def _operating_point(material: Material, probe: Probe, name: str, lessons: dict[
     def peaks(which: np.ndarray) -> np.ndarray:
         return np.array([probe.probability(checks[i]).max().item() if len(checks[i]) else 0.0
                          for i in indices(which)])
-    benign = material.validation & material.whole & ~material.unsafe
-    harmful = material.validation & material.whole & material.complied
+    benign = material.judging & ~material.unsafe
+    harmful = material.judging & material.complied
     quiet, loud = peaks(benign), peaks(harmful)
     threshold, alarms = material.threshold(quiet, benign, PAPERS[name])
     fixed = PAPERS[name]

@@ -23,8 +23,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     A token is labelled by its answer: harmful where the undefended model complied with a harmful request. A refusal is
     a safe text, whatever was asked. How long the trace remembers is chosen by cross-validation.
     """
-    fitted, judged = (indices(which) for which in (~material.validation & material.understood,
-                                                     material.validation & material.whole))
+    fitted, judged = (indices(which) for which in (~material.validation & material.understood, material.judging))
     states = {index: material.observed[index].tensor("states") for index in (*fitted, *judged)}
     x = {index: _spread(states[index].numpy()) for index in fitted}
     labels = np.concatenate([np.full(len(x[index]), bool(material.complied[index])) for index in fitted])
@@ -38,7 +37,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     trace = TraceArtifact(result.probe, OTHERWISE, memory)
     curves = {index: follow(trace, states[index]) for index in judged}
     peaks = {index: float(curves[index].max()) for index in judged}
-    benign = material.validation & material.whole & ~material.unsafe
+    benign = material.judging & ~material.unsafe
     trace.threshold, alarms = material.threshold([peaks[i] for i in indices(benign)], benign, OTHERWISE)
     artifacts.trace = trace
     harmful, harmless = ([i for i in judged if bool(material.complied[i]) == side] for side in (True, False))
