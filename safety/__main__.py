@@ -164,14 +164,11 @@ def _lanes(spec: str, artifacts: "Artifacts") -> list[Lane]:
             because it changes the request or the artifacts.
     """
     from safety.evaluate.arms import parse_arms
-    arms = parse_arms(spec, lambda folder: artifacts)
+    arms = parse_arms(spec, lambda folder: artifacts, baselines=False)
     for arm in arms:
         if arm.folder is not None:
             raise UserError(f"Lane {arm.name!r}: here all lanes share the artifacts of --artifacts. Leave artifacts= "
                             "out, or use python -m safety evaluate.")
-        if arm.safety_prompt or arm.blank_image or arm.swapped:
-            raise UserError(f"Lane {arm.name!r} is a baseline of python -m safety evaluate, which changes the request "
-                            "or the artifacts. Choose from none, sasa, revision, sapt, all and stacks of them.")
     return [arm.lane for arm in arms]
 
 

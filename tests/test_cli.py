@@ -78,6 +78,12 @@ def test_bad_flags_give_a_sentence_and_status_2(generate, flags, message):
     assert status == 2 and message in err and "Traceback" not in err and not out
 
 
+def test_an_unknown_lane_is_answered_with_the_lanes_that_generate_has(generate):
+    _, _, err = generate("--prompt", "a", "--lanes", "magic")
+    assert "none, sasa, revision, sapt, all" in err and "stacks" in err
+    assert not any(name in err for name in ("safety-prompt", "random-vector", "baselines", "revision-ablation"))
+
+
 def test_malformed_lines_are_answered_in_their_place_and_numbered_as_in_the_file(generate, tmp_path):
     bad = ["[1]", "{}", '{"prompt": "a", "image": 3}', "not json"]
     (tmp_path / "r.jsonl").write_text("\n".join(['{"prompt": "one\u2028two"}', "", *bad, '{"prompt": "b"}']))

@@ -88,21 +88,32 @@ def _random_like(vectors: Tensor) -> Tensor:
     return noise / noise.norm(dim=-1, keepdim=True) * vectors.norm(dim=-1, keepdim=True)
 
 
-def parse_arms(spec: str, artifacts: Callable[[str | None], Artifacts]) -> list[Arm]:
+def parse_arms(spec: str, artifacts: Callable[[str | None], Artifacts], baselines: bool = True) -> list[Arm]:
     """Arms from a comma-separated list of arms and of names in SETS; repeated ones count once.
 
     Args:
         artifacts: the calibrated artifacts of a folder, None for the ones the evaluation was started with; they hold
             the settings that an arm does not name.
+        baselines: may an arm be a baseline, which changes the request or the artifacts?
 
     Raises:
-        UserError: an unknown part or setting, or a defense that is not calibrated.
+        UserError: an unknown part or setting, a baseline where none may be, or a defense that is not calibrated.
     """
-    names = itertools.chain.from_iterable(SETS.get(name.strip(), (name.strip(),)) for name in spec.split(","))
-    arms = [_arm(name, artifacts) for name in dict.fromkeys(filter(None, names))]
-    if not arms:
-        raise UserError(f"Name at least one lane: {', '.join((*SETS, *SETS['standard'], *BASELINES))}.")
-    return arms
+    given = itertools.chain.from_iterable(SETS.get(name.strip(), (name.strip(),)) for name in spec.split(","))
+    names = list(dict.fromkeys(filter(None, given)))
+    parts = (*SETS["standard"], *(BASELINES if baselines else ()))
+    sets = [title for title, arms in SETS.items() if all(set(_parts(name)) <= set(parts) for name in arms)]
+    if not names:
+        raise UserError(f"Name at least one lane: {', '.join((*sets, *parts))}.")
+    for name in names:
+        for part in _parts(name):
+            if part in BASELINES and not baselines:
+                raise UserError(f"Lane {name!r} is a baseline of python -m safety evaluate, which changes the request "
+                                f"or the artifacts. Choose from {', '.join(parts)} and stacks of them.")
+            if part not in parts:
+                raise UserError(f"There is no lane part {part!r}. Choose from {', '.join(parts)}, or a set: "
+                                f"{', '.join(sets)}.")
+    return [_arm(name, artifacts) for name in names]
 
 
 def request_of(name: str, sample: Sample) -> Request:
@@ -117,10 +128,6 @@ def _parts(name: str) -> list[str]:
 
 def _arm(name: str, load: Callable[[str | None], Artifacts]) -> Arm:
     parts, options = _parts(name), name.split(":")[1:]
-    for part in parts:
-        if part not in (*SETS["standard"], *BASELINES):
-            raise UserError(f"There is no lane part {part!r}. Choose from "
-                            f"{', '.join((*SETS['standard'], *BASELINES))}, or a set: {', '.join(SETS)}.")
     values = dict(_option(name, option) for option in options)
     folder = values.pop("artifacts", None)
     defenses = set(parts) & set(DEFENSES) | (set(DEFENSES) if "all" in parts else set())
