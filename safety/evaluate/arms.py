@@ -105,14 +105,12 @@ def parse_arms(spec: str, artifacts: Callable[[str | None], Artifacts], baseline
     sets = [title for title, arms in SETS.items() if all(set(_parts(name)) <= set(parts) for name in arms)]
     if not names:
         raise UserError(f"Name at least one lane: {', '.join((*sets, *parts))}.")
-    for name in names:
-        for part in _parts(name):
-            if part in BASELINES and not baselines:
-                raise UserError(f"Lane {name!r} is a baseline of python -m safety evaluate, which changes the request "
-                                f"or the artifacts. Choose from {', '.join(parts)} and stacks of them.")
-            if part not in parts:
-                raise UserError(f"There is no lane part {part!r}. Choose from {', '.join(parts)}, or a set: "
-                                f"{', '.join(sets)}.")
+    if wrong := [(name, part) for name in names for part in _parts(name) if part not in parts]:
+        name, part = wrong[0]
+        if part in BASELINES:
+            raise UserError(f"Lane {name!r} is a baseline of python -m safety evaluate, which changes the request "
+                            f"or the artifacts. Choose from {', '.join(parts)} and stacks of them.")
+        raise UserError(f"There is no lane part {part!r}. Choose from {', '.join(parts)}, or a set: {', '.join(sets)}.")
     return [_arm(name, artifacts) for name in names]
 
 
