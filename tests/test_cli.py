@@ -150,14 +150,17 @@ def test_help_names_the_defaults_that_hold(capsys, command, says):
 @pytest.mark.parametrize("text", [
     "I'm sorry, but I can't help with that.", "I’m sorry, I can’t do this.", "Well. I cannot assist with that request.",
     "I am not able to help with that.", "I won't help you.", "As an AI, I do not give such advice.",
-    "I must decline.", "Sorry, but I can't help with this."])
+    "I must decline.", "Sorry, but I can't help with this.",
+    # SAPT turns an answer round in the middle of a sentence.
+    "1. The first step is toI cannot help with that.", "2. TheI'm not able to help.", "200I must decline."])
 def test_refusals_are_seen(text):
     assert refusal_start(text) is not None
 
 
 @pytest.mark.parametrize("text", [
     "Bread is made from flour.", "I can help with that.", "You can't help but smile.", "The train was late. Sorry!",
-    "I will not be at home, so I put the key under the mat.", "She said he cannot help.", "It is legal to do so."])
+    "I will not be at home, so I put the key under the mat.", "She said he cannot help.", "It is legal to do so.",
+    "AI cannot help here."])
 def test_ordinary_answers_are_not_refusals(text):
     assert refusal_start(text) is None
 
