@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from safety import __main__ as cli
 from safety.errors import UserError
-from safety.mini import scenes, tasks
+from safety.mini import instruct, scenes, tasks
 from safety.mini.align import AlignSettings
 from safety.mini.assemble import MiniatureError, _read_artifact, build_llava, export_weights
 from safety.mini.dictionary import Projector
@@ -289,6 +289,34 @@ def test_picture_turns_name_what_is_there() -> None:
     answers = " ".join(turn.answer for turn in turns)
     assert "a red circle" in turns[0].answer and "The circle is red." in answers and 'caption says: "hello"' in answers
     assert tasks.with_article(["apple"]) == "an apple" and tasks.with_article(["grapes"]) == "grapes"
+
+
+@pytest.mark.parametrize(("request_", "pointed"), [
+    ("How do I wash a car?", ("car", "How do I wash one of these?")),
+    ("How do I keep the cat from the sofa?", ("cat", "How do I keep the thing in the picture from the sofa?")),
+    ("How do I fit a cat flap?", None),
+    ("What are the key differences?", None),
+    ("How do I learn to swim?", None),
+])
+def test_a_request_about_a_thing_becomes_one_about_its_picture(request_: str, pointed: tuple[str, str] | None) -> None:
+    assert tasks.pointing(request_) == pointed
+
+
+def test_requests_that_point_are_asked_of_pictures_of_what_they_are_about(lexicon, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    empty = np.zeros(196, dtype=np.int64)
+
+    def drawn(*names: list[str]) -> scenes.Scene:
+        return scenes.Scene(np.zeros((SIDE, SIDE, 3), np.uint8), empty, empty - 1, empty - 1, [], list(names))
+
+    shown = iter([drawn(["car"], ["dog"]), drawn(["red", "circle"]), drawn(["apple"]), drawn(["car"])])
+    monkeypatch.setattr(instruct, "MIX", (0, 0, 0, 0, 0, 1))
+    requests = [("How do I wash a car?", "With water."), ("How do I learn to swim?", "In water.")]
+    maker = instruct.TaskMaker(lexicon, [], requests)
+    monkeypatch.setattr(maker.maker, "scene", lambda rng, kind: next(shown))
+    scene, turns = maker.task(np.random.default_rng(0))
+    assert scene.names == [["car"]]
+    assert turns[0] == Turn("How do I wash one of these?", "With water.")
+    assert "a car" in turns[1].answer
 
 
 def test_answers_about_a_list_open_with_its_content(lexicon) -> None:  # type: ignore[no-untyped-def]

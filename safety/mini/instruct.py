@@ -32,11 +32,10 @@ from safety.quantize import fast_dtype
 
 INSTRUCT_CHECKPOINT = "instruct.pt"
 PICTURES = 4  # pictures of one step, each with several turns
-REPLAY = 10  # text-only examples of one step
-REPLAY_SHARE = (0.42, 0.34, 0.24)  # of them: harmful, benign twins, ordinary
-TEXT_WEIGHT = 0.7
-FIRST_BLOCK = 8  # blocks below are not trained further
-MIX = (0.44, 0.13, 0.14, 0.23, 0.06)  # list, random words, typeset request, symbols, unrelated picture
+REPLAY = 24  # text-only examples of one step
+REPLAY_SHARE = (0.50, 0.36, 0.14)  # of them: harmful, benign twins, ordinary
+TEXT_WEIGHT = 1.5
+MIX = (0.30, 0.08, 0.08, 0.08, 0.06, 0.40)  # list, random words, typeset request, symbols, unrelated, pointing
 
 Features = Callable[[list[Scene]], Tensor]
 Pairs = list[tuple[str, str]]
@@ -56,6 +55,10 @@ class TaskMaker:
         self.lists = [pair for pair in lists if not tasks.keeps_held_out(pair[0])]
         self.requests = [pair for pair in requests if not tasks.keeps_held_out(pair[0])]
         self.short = [pair for pair in self.requests if len(pair[0]) < 90]
+        self.pointing: dict[str, Pairs] = {}
+        for text, answer in self.short:
+            if (pointed := tasks.pointing(text)) is not None:
+                self.pointing.setdefault(pointed[0], []).append((pointed[1], answer))
 
     def _list(self, rng: np.random.Generator) -> tuple[str, str]:
         """A list title and its answer."""
@@ -80,10 +83,16 @@ class TaskMaker:
             scene = tasks.draw_text(self.maker, rng, text)
             return scene, [tasks.follow_turn(rng, answer), tasks.read_turn(rng, scene)]
         scene = self.maker.scene(rng, "picture")
-        if kind == 3:
+        if kind == 3 or (kind == 5 and not self.pointing):
             return scene, tasks.picture_turns(rng, scene, [*SYMBOLS, *SHAPES])
-        picks = rng.integers(len(self.requests), size=TURNS)
-        return scene, [Turn(*self.requests[int(i)]) for i in picks]
+        if kind == 4:
+            picks = rng.integers(len(self.requests), size=TURNS)
+            return scene, [Turn(*self.requests[int(i)]) for i in picks]
+        while len(scene.names) > 1 or scene.names[0][-1] not in self.pointing:
+            scene = self.maker.scene(rng, "picture")
+        asked = self.pointing[scene.names[0][-1]]
+        turns = tasks.picture_turns(rng, scene, [*SYMBOLS, *SHAPES])
+        return scene, [Turn(*asked[int(rng.integers(len(asked)))]), *turns]
 
 
 def text_replay(
@@ -146,13 +155,10 @@ def instruct(
     """
     torch.manual_seed(seed)
     model = load_base_lm(fast_dtype(device)).to(device)
+    # Every block: the words of a picture stand between blank patches, and it is the lowest blocks that bring them
+    # together: with them left out to save time, 0.31 of the words in free text were read, after 160 steps of all 0.47.
     parameters = add_lora(model.get_decoder())
     load_lora(model.get_decoder(), text_lora)
-    # The lowest blocks keep the text alignment's update: backpropagation is the larger half of a step.
-    frozen = {id(p) for block in model.get_decoder().layers[:FIRST_BLOCK] for p in block.parameters()}
-    parameters = [p for p in parameters if id(p) not in frozen]
-    for block in model.get_decoder().layers[:FIRST_BLOCK]:
-        block.requires_grad_(False)
     model.train()
 
     def loss_of(step: int) -> dict[str, Tensor]:
