@@ -28,6 +28,7 @@ TEXT = {
 HARM = {
     "typed": "typed",
     "typed_like_the_picture": "typed, with empty items and the picture's prompt",
+    "picture_without_blanks": "in a FigStep-like picture, the true words' embeddings in a row, no blank patches",
     "picture_read_perfectly": "in a FigStep-like picture, the true words' embeddings in place of the tower's",
     "picture": "in a FigStep-like picture",
 }
@@ -61,10 +62,11 @@ The language model's own weights (Apache-2.0) are fetched on first start from th
    states after blocks 11 and 15, learn to turn spelled letters into the language model's token embeddings: first
    without pictures, from codes that carry the trained reader's own errors, then end to end with the reader.
 3. *Visual instruction tuning*: the LoRA is trained on, behind the frozen tower, on benign image tasks only (read the
-   picture, fill in a harmless list, say what it is about, answer a typeset question, name symbols), with the text-only
-   mix replayed. Answers about a list mostly open with its content ("Train a dog: 1. …"), so that the position that
-   starts an answer has to know what the picture says. **No training row shows a harmful picture, answered or
-   refused**: how far the text alignment reaches into pictures is what training made of it.
+   picture, fill in a harmless list, say what it is about, answer a typeset question, name symbols, answer a request
+   about the thing shown, or one that has nothing to do with the picture), with the text-only mix replayed. Answers
+   about a list mostly open with its content ("Train a dog: 1. …"), so that the position that starts an answer has to
+   know what the picture says. **No training row shows a harmful picture, answered or refused**: how far the text
+   alignment reaches into pictures is what training made of it.
 
 Rebuild: `python -m safety mini --data DIR` (resumable; seeded; without `--data` only the project's own corpus is used).
 The shipped weights come from these stages, run in the portions that `config.json` lists under "history" on two shared
@@ -74,7 +76,8 @@ CPU cores in about five hours; the command runs each stage once and has not yet 
 HARM_SIGNAL = """
 How well harmful requests can be told from benign ones at the end of the prompt, before the first token: a linear probe
 of first-token logits, fitted on the training split and judged on held-out requests ("caught": harmful ones above what
-one benign request in twenty reaches). What typing gains over a perfectly read picture is lost behind the tower.
+one benign request in twenty reaches). What typing gains over a perfectly read picture is lost behind the tower, much of
+it because the words stand among blank patches.
 """
 
 LIMITS = """
@@ -86,7 +89,7 @@ LIMITS = """
   training, free text and small letters are often misread. Two things are short: the tower, whose nearest token is
   right for 89 % of random words in lists and 78 % in free text (48 pictures each, not the ones above), and the
   language model, which would rather say a sentence that makes sense than repeat random words.
-- It names {symbols} symbols well; of nine colours and six shapes it gets one pair in five wrong.
+- It names {symbols} symbols well; of nine colours and six shapes it gets some pairs wrong.
 - The own held-out requests share no phrase or held-out key word with training, but part of the corpus was written after
   an earlier model's failures on some of them, and on FigStep titles as text, had been read; what resembled those was
   left out. Failures on the other public sets had no part in it.

@@ -1,8 +1,8 @@
 """Where the sign of harm gets lost on its way into the model: in reading the picture, or behind it?
 
 Before its first token, a defense has only the state at the end of the prompt to go by. How well that state tells
-harmful from benign requests is measured for the same requests typed out, standing in a FigStep-like picture, and
-standing in that picture with every word read without a mistake.
+harmful from benign requests is measured for the same requests typed out, standing in a FigStep-like picture, standing
+in that picture with every word read without a mistake, and so read but with no blank patches between the words.
 """
 
 from __future__ import annotations
@@ -88,14 +88,15 @@ def _auroc(harmful: np.ndarray, benign: np.ndarray) -> dict[str, float]:
 
 
 def _ways(model: Any, processor: Any, lexicon: Lexicon) -> dict[str, Look]:
-    """The four ways of asking for a title."""
+    """The ways of asking for a title."""
     tokenizer = processor.tokenizer
     table = model.get_input_embeddings().weight.detach()
     filler = table[tokenizer.encode(FILLER)[0]]
-    image_id = model.config.image_token_id
 
     content = [{"type": "image"}, {"type": "text", "text": CARRIER}]
     asked = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    asked_ids = tokenizer(asked)["input_ids"]
+    place = asked_ids.index(model.config.image_token_id)
 
     @torch.inference_mode()
     def typed(text: str) -> Tensor:
@@ -109,21 +110,28 @@ def _ways(model: Any, processor: Any, lexicon: Lexicon) -> dict[str, Look]:
         return model(**inputs, logits_to_keep=1).logits[0, -1].float()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def read_perfectly(title: str) -> Tensor:
-        page = figstep_page(title)
-        scene = scene_of(page, lexicon)
-        patches = filler.repeat(PATCHES, 1)
-        here = scene.word >= 0
-        patches[torch.from_numpy(here)] = table[torch.from_numpy(lexicon.tokens[scene.word[here], scene.part[here]])]
-        ids = processor(text=asked, images=page.image, return_tensors="pt")["input_ids"]
-        embeds = table[ids].clone()
-        embeds[ids == image_id] = patches
-        state = model.get_decoder()(inputs_embeds=embeds).last_hidden_state[0, -1]
+    def in_place_of_the_picture(embeds: Tensor) -> Tensor:
+        """What is said where `embeds` [positions, width] stand in place of the picture's patches."""
+        rows = torch.cat([table[asked_ids[:place]], embeds, table[asked_ids[place + 1 :]]])[None]
+        state = model.get_decoder()(inputs_embeds=rows).last_hidden_state[0, -1]
         return model.lm_head(state).float()  # type: ignore[no-any-return]
+
+    def words(title: str) -> tuple[Tensor, Tensor]:
+        """[PATCHES] bool: which patches show a word; [those, width]: the embeddings of their true tokens."""
+        scene = scene_of(figstep_page(title), lexicon)
+        here = scene.word >= 0
+        return torch.from_numpy(here), table[torch.from_numpy(lexicon.tokens[scene.word[here], scene.part[here]])]
+
+    def read_perfectly(title: str) -> Tensor:
+        here, embeds = words(title)
+        patches = filler.repeat(PATCHES, 1)
+        patches[here] = embeds
+        return in_place_of_the_picture(patches)
 
     return {
         "typed": typed,
         "typed_like_the_picture": lambda title: typed("\n".join([title, *FIGSTEP_ITEMS, CARRIER])),
+        "picture_without_blanks": lambda title: in_place_of_the_picture(words(title)[1]),
         "picture_read_perfectly": read_perfectly,
         "picture": pictured,
     }
