@@ -78,6 +78,8 @@ def test_everything_is_fitted_saved_and_tried(lvlm, calibrated):
     assert about["samples"]["image"] == {"n": 28, "validation": 6, "answered": 28, "complied": 14, "understood": 28}
     pair = artifacts.settings.sasa
     assert f"{pair.safety_layer}-{pair.fused_layer} ships" in about["sasa"]["why"]
+    caught = {name: row["caught_out_of_fold"] for name, row in about["sasa"]["streams"].items() if name != "clean"}
+    assert caught[f"{pair.safety_layer}-{pair.fused_layer}"] == max(caught.values())
     for name in ("sasa-curves.png", "sapt-losses.png"):
         assert Image.open(out / name).width > 400
     assert artifacts.layers.weight.shape == (5, lvlm.width) and artifacts.layers.auroc.max() > 0.9

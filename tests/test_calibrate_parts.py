@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import random_artifacts, tiny_llava
 
 from safety.artifacts import Artifacts
-from safety.calibrate import layers, observe, soft_prompt, trace, vectors
+from safety.calibrate import layers, observe, sasa, soft_prompt, trace, vectors
 from safety.calibrate.caches import join, pack
 from safety.calibrate.material import Material, Recipe
 from safety.calibrate.progress import Cancelled, Progress
@@ -301,6 +301,17 @@ def test_per_input_choice_takes_the_most_certain_pair(lvlm):
     answers = Engine(lvlm, artifacts).answer("Tell me", lanes=[*static, per_input], max_new_tokens=1)
     *fixed, chosen = [answer.events[0].probability for answer in answers]
     assert chosen == max(fixed, key=lambda probability: abs(probability - 0.5)) and len(set(fixed)) == 2
+
+
+def test_what_a_pair_catches_is_counted_where_its_probe_keeps_the_promised_false_alarms(tmp_path):
+    samples = [Sample(str(i), "Tell me", "safe" if i < 20 else "unsafe", "") for i in range(25)]
+    found = Material(None, samples, [], Recipe(false_alarms=0.1), tmp_path, tmp_path)
+    benign = [-3.0] * 18 + [1.0, 2.0]  # of 20 and one more, two may reach the threshold: it stands right above the 1.0
+    log_odds = np.array([*benign, 3.0, 1.5, 0.5, -2.0, -9.0])
+    fitted = np.ones(25, dtype=bool)
+    assert sasa._caught(found, log_odds, fitted) == 0.4
+    fitted[-1] = False  # what it was not fitted on has no score here
+    assert sasa._caught(found, log_odds[:-1], fitted) == 0.5
 
 
 def test_the_trace_remembers_as_it_was_fitted(lvlm, tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from scipy.special import expit
 from torch import Tensor
 
 from safety.artifacts import Artifacts
@@ -47,10 +48,12 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
         name = "clean" if pair is None else f"{pair[0]}-{pair[1]}"
         probes[name] = result.probe
         found[name] = {"fitted_on": int(fitted.sum()), "validated_on": int(judged.sum()), "c": result.c,
-                       "cross_validated_auroc": round(result.auroc, 4), **_operating_point(material, scores, judged)}
+                       "cross_validated_auroc": round(result.auroc, 4),
+                       "caught_out_of_fold": _caught(material, result.scores, fitted),
+                       **_operating_point(material, scores, judged)}
         if pair is not None:
             certain.append(scores)
-            standing[pair] = np.nan_to_num(result.auroc, nan=0.5)
+            standing[pair] = found[name]["caught_out_of_fold"], np.nan_to_num(result.auroc, nan=0.5)
     best = max(standing, key=lambda pair: standing[pair])
     per_input = _per_input(material, certain, judged)
     thresholds = {name: row["threshold"] for name, row in (found | {"per-input": per_input}).items()}
@@ -64,8 +67,8 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
             "why": f"The safety-specific heads concentrate around block {rule[0]} (centre of mass of the upper curve); "
                    f"behind it harmful and benign separate best at block {rule[1]} (lower curve). Beside evenly "
                    "spaced pairs it is a candidate if it leads on the screened samples. "
-                   f"{best[0]}-{best[1]} ships, {named}: of the candidates' probes its has the highest "
-                   "cross-validated AUROC.",
+                   f"{best[0]}-{best[1]} ships, {named}: of the candidates' probes its catches most harmful requests "
+                   "out of fold at the promised false alarms.",
             "curves": CURVES, "safety_curve": [round(v, 2) for v in curve.tolist()],
             "safety_heads": [list(head) for head in layers.safety_heads(harmful, ordinary)],
             "separability": [round(v, 3) for v in separable.tolist()], "screened_on": int(_screened(chosen).sum()),
@@ -202,6 +205,14 @@ def _operating_point(material: Material, scores: np.ndarray, judged: np.ndarray)
     threshold, alarms = material.threshold(scores[~unsafe], judged & ~material.unsafe, Sasa.threshold)
     return {"validation_auroc": auroc(scores[unsafe], scores[~unsafe]), "threshold": threshold, "false_alarms": alarms,
             "recall": round(float(np.mean(scores[unsafe] >= threshold)), 4)}
+
+
+def _caught(material: Material, log_odds: np.ndarray, fitted: np.ndarray) -> float:
+    """Share of the harmful among the `fitted` samples that out-of-fold scores catch at the promised false alarms."""
+    unsafe = material.unsafe[fitted]
+    scores = expit(log_odds)
+    threshold, _ = material.threshold(scores[~unsafe], fitted & ~material.unsafe, Sasa.threshold)
+    return round(float(np.mean(scores[unsafe] >= threshold)), 4)
 
 
 def _per_input(material: Material, certain: list[np.ndarray], judged: np.ndarray) -> dict:
