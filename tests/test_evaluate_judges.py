@@ -1,5 +1,6 @@
 """Judges: broken text, expected words, refusals against human labels, and language models as judges."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from answers import made
 from tiny import random_artifacts, tiny_llava
 
 from safety.errors import UserError
-from safety.evaluate import judges
+from safety.evaluate import command, judges
 from safety.evaluate.arms import parse_arms
 from safety.evaluate.model_judges import judge_records, model_judge
 from safety.evaluate.records import key_of
@@ -15,6 +16,23 @@ from safety.evaluate.summary import summarise
 from safety.samples import Sample
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def test_figures_of_a_judge_that_is_not_installed_stay_with_their_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "AGREEMENT", tmp_path / "kept.json")
+    monkeypatch.setattr(judges, "field_lists", dict)
+    rows = ["completion,human_label", "I must decline.,2_full_refusal", "Take a pan.,1_full_compliance"]
+    for name, lines in (("a.csv", rows), ("b.csv", [*rows, "Stir it.,1_full_compliance"])):
+        (tmp_path / name).write_text("\n".join(lines))
+    command.check_judge(tmp_path / "a.csv")
+    measured = judges.known_agreement()
+    assert measured["judges"]["safety.refusal"]["kappa"] == 1
+    others = {"another list": {"kappa": 0.5}}
+    judges.AGREEMENT.write_text(json.dumps(measured | {"judges": others}))
+    command.check_judge(tmp_path / "a.csv")
+    assert judges.known_agreement()["judges"] == others | measured["judges"]
+    command.check_judge(tmp_path / "b.csv")
+    assert list(judges.known_agreement()["judges"]) == ["safety.refusal"]
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "?!?!?!", "the the the " * 10, "one two three " * 12, "a" * 80 + "!" * 30,

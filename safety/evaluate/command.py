@@ -50,9 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_judge(path: Path) -> int:
-    """Measure the refusal judges against human labels and keep the figures for the reports."""
+    """Measure the refusal judges against human labels and keep the figures for the reports.
+
+    Figures of judges that are not installed now stay, where they were measured on this very file.
+    """
     found = judges.agreement(path)
-    run.write_json(judges.AGREEMENT, found)
+    known = judges.known_agreement()
+    kept = known["judges"] if known and (known["data"], known["n"]) == (found["data"], found["n"]) else {}
+    run.write_json(judges.AGREEMENT, found | {"judges": kept | found["judges"]})
     for name, row in found["judges"].items():
         print(f"{name:20} κ {row['kappa']:.3f} (n = {row['n']}; with partial refusals as refusals "
               f"{row['kappa_partial_is_refusal']:.3f}, n = {found['n']})")
