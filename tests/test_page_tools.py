@@ -79,6 +79,23 @@ def test_a_token_its_place_in_the_trace_and_the_reverse(shared: Any) -> None:
     assert shared.locator(".token.lit").count() == 0
 
 
+def test_the_alarm_lines_label_leaves_the_traces_end_free(
+    browser: Any, address: str, engine: StandInEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "words", ["step"] * 60)  # of an axis of 64: its trace ends at 0.97, beside the label
+    plot = "document.querySelector('.lane svg.trace')"
+    with opened(browser, address) as page:
+        ask(page, "Make a list.")
+        wait_for_end(page)
+        for line, side in ((0.99, "<"), (0.9, ">")):
+            set_range(page, ".alarm-knob input", line)
+            page.wait_for_function(
+                f"""() => {plot}.querySelector('.threshold-label').textContent === 'alarm ≥ {line:.2f}'
+                && +{plot}.querySelector('.threshold-label').getAttribute('y')
+                {side} +{plot}.querySelector('.threshold').getAttribute('y1')"""
+            )
+
+
 def test_a_moved_threshold_re_marks_and_does_not_re_run(shared: Any, engine: StandInEngine) -> None:
     asked, over = len(engine.requests), shared.locator(".lane >> nth=0").locator(".token.over")
     before = over.count()

@@ -23,8 +23,8 @@ function drawFrame(column, view, width, line) {
   column.line = svg('polyline', {class: 'line'}, plot);
   if (line !== null) {
     svg('line', {class: 'threshold', x1: left, x2: width - right, y1: y(line), y2: y(line)}, plot);
-    const label = svg('text', {class: 'threshold-label', x: width - right - 2, y: y(line) + (line > 0.2 ? 12 : -5), 'text-anchor': 'end'}, plot);
-    label.textContent = 'alarm ≥ ' + line.toFixed(2);
+    column.label = svg('text', {class: 'threshold-label', x: width - right - 2, 'text-anchor': 'end'}, plot);
+    column.label.textContent = 'alarm ≥ ' + line.toFixed(2);
   }
   column.dots = svg('g', {}, plot);
   column.marks = svg('g', {}, plot);
@@ -55,8 +55,20 @@ function drawTrace(column, lane, view) {
     column.line.setAttribute('points', path);
     column.area.setAttribute('points', points[0].split(',')[0] + end + ' ' + path + ' ' + points[points.length - 1].split(',')[0] + end);
   }
+  if (line !== null) placeLabel(column, line);
   column.head.style.display = lane.state === 'streaming' && points.length ? '' : 'none';
   for (; column.marked < lane.marks.length; column.marked++) drawMark(column, lane, lane.marks[column.marked]);
+}
+
+// Under the alarm line, or above it where the trace runs just below and not just above.
+function placeLabel(column, line) {
+  const from = column.width - PLOT.right - 78, at = column.y(line);
+  const meets = (high, low) => column.points.some(point => {
+    const [px, py] = point.split(',').map(Number);
+    return px >= from && py >= high && py <= low;
+  });
+  const above = line <= 0.2 || (meets(at, at + 16) && !meets(at - 16, at));
+  column.label.setAttribute('y', at + (above ? -5 : 12));
 }
 
 function drawMark(column, lane, mark) {
