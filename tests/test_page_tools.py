@@ -96,6 +96,20 @@ def test_the_alarm_lines_label_leaves_the_traces_end_free(
             )
 
 
+@pytest.mark.parametrize("layout", ["together", "each"])
+def test_no_speed_is_cut_off_at_any_width(browser: Any, address: str, layout: str) -> None:
+    with opened(browser, address) as page:
+        page.click(f"[data-layout={layout}]")
+        ask(page, "Make a list.")
+        wait_for_end(page)
+        for width in (1920, 1366, 1280, 1024, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            cut = page.eval_on_selector_all(
+                ".speed", "lines => lines.filter(p => p.scrollHeight > p.clientHeight).map(p => p.textContent)"
+            )
+            assert cut == [], width
+
+
 def test_a_moved_threshold_re_marks_and_does_not_re_run(shared: Any, engine: StandInEngine) -> None:
     asked, over = len(engine.requests), shared.locator(".lane >> nth=0").locator(".token.over")
     before = over.count()
