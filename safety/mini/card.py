@@ -70,7 +70,8 @@ The language model's own weights (Apache-2.0) are fetched on first start from th
 
 Rebuild: `python -m safety mini --data DIR` (resumable; seeded; without `--data` only the project's own corpus is used).
 The shipped weights come from these stages, run in the portions that `config.json` lists under "history" on two shared
-CPU cores in about five hours; the command runs each stage once and has not yet been run from end to end.
+CPU cores in some six and a half hours; one portion there is a mean of earlier ones. The command runs each stage once,
+takes no mean, and has not yet been run from end to end.
 """
 
 HARM_SIGNAL = """
