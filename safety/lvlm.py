@@ -167,7 +167,7 @@ class LVLM:
                     add(self.layers[block].register_forward_pre_hook(keep_block(block), with_kwargs=True))
             for block in taps:
                 add(self.layers[block].register_forward_hook(keep_state(block)))
-            output = self.model.base_model(**inputs, past_key_values=cache, use_cache=True)
+            output = self.model.base_model(**inputs, cache=cache, use_cache=True)
         length = inputs["input_ids"].shape[1]
         deltas = getattr(self.model.base_model, "rope_deltas", None)
         return Trunk(cache, output.last_hidden_state[0, -1], states, block_kwargs, decoder_kwargs, length,
@@ -176,7 +176,7 @@ class LVLM:
     @torch.inference_mode()
     def rerun_decoder(self, trunk: Trunk, cache: DynamicCache) -> Tensor:
         """Run the whole decoder on a prompt's embeddings again, filling `cache`; [width] post-norm last state."""
-        kwargs = {**trunk.decoder_kwargs, "past_key_values": cache, "use_cache": True}
+        kwargs = {**trunk.decoder_kwargs, "cache": cache, "use_cache": True}
         return self.decoder(**kwargs).last_hidden_state[0, -1]
 
     @torch.inference_mode()
@@ -184,14 +184,18 @@ class LVLM:
         """Run blocks first..last on other prompt states [1, n, width]; returns [width], post-norm, last position."""
         cache = DynamicCache()
         for block in range(first, self.blocks):
-            states = self.layers[block](states, **{**trunk.block_kwargs[block], "past_key_values": cache})
+            states = self.run_block(block, states, trunk.block_kwargs[block], cache)
         return self.decoder.norm(states[:, -1:])[0, 0]
+
+    def run_block(self, block: int, states: Tensor, kwargs: dict[str, Any], cache: DynamicCache) -> Tensor:
+        """One block on states [rows, n, width] with what the decoder passed to it, but keys and values to `cache`."""
+        return self.layers[block](states, **{**kwargs, "cache": cache})
 
     def decode(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """One decoder step. embeds [rows, q, width], mask [rows, cached + q] (1 = visible), positions [rows, q];
         returns post-norm states [rows, q, width] and extends `cache` by q columns. Gradients pass through."""
         masks = self._windowed(mask, embeds) if self.window and mask.shape[1] > self.window else mask
-        return self.decoder(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, past_key_values=cache,
+        return self.decoder(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, cache=cache,
                             use_cache=True).last_hidden_state
 
     def _windowed(self, mask: Tensor, embeds: Tensor) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def _from_block(lvlm: LVLM, inputs: list[tuple[Tensor, dict[str, Any]]], first: 
     """[queries, width] last-token states, post-norm, with blocks first..last run again on what they were given."""
     states, cache = inputs[first][0], DynamicCache()
     for block in range(first, lvlm.blocks):
-        states = lvlm.layers[block](states, **{**inputs[block][1], "past_key_values": cache})
+        states = lvlm.run_block(block, states, inputs[block][1], cache)
     return lvlm.decoder.norm(states[:, -1:])[:, 0]
 
 

@@ -95,7 +95,7 @@ class Band:
             with window.only(row):
                 for block in range(safety + 1, fused + 1):
                     kwargs = {name: _one_row(value, row, rows) for name, value in block_kwargs[block].items()}
-                    x = self.lvlm.layers[block](x, **{**kwargs, "past_key_values": self.cache})
+                    x = self.lvlm.run_block(block, x, kwargs, self.cache)
             return torch.cat([output[:row], x, output[row + 1:]])
 
         add(self.lvlm.layers[safety].register_forward_hook(keep_state))
