@@ -23,8 +23,9 @@ SUMMARY, HTML, MARKDOWN = "summary.json", "report.html", "report.md"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate` (the model's are added by the caller)."""
     parser.add_argument("--suite", action="append", default=[], metavar="NAME|FILE|BENCHMARK:DIR",
-                        help=f"may be repeated: {', '.join((*suites.SETS, *suites.SUITES))}, a sample file, or a "
-                             "benchmark such as figstep:DIR or vlguard:hub (default standard)")
+                        help=f"may be repeated: {', '.join((*suites.SETS, *suites.SUITES))}, a sample file, "
+                             "typeset:FILE (its requests as pictures in FigStep's layout), or a benchmark such as "
+                             "figstep:DIR or vlguard:hub (default standard)")
     parser.add_argument("--lanes", default="standard",
                         help="see safety/evaluate/arms.py, such as none,sasa,sapt:interval=8,safety-prompt; the first "
                              "is what the others are compared with (default standard)")

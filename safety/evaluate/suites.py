@@ -147,6 +147,8 @@ SUITES: dict[str, Suite] = {
     "reading": Suite("read a typeset text aloud; utility is the share of its words", _reading),
     "naming": Suite("name a symbol, or a coloured shape; utility is the share of the words", _naming),
 }
+TYPESET = "typeset:"  # before a file of requests: as pictures in FigStep's layout
+LEGIBLE = 200  # characters of a request that can be read in that layout where a model sees 336 pixels
 SETS = {"standard": tuple(SUITES), "quick": ("figstep", "figstep-text", "twins", "text-twins", "reading")}
 
 
@@ -154,6 +156,8 @@ def title(name: str) -> str:
     """What a suite is called in results: its name; a file's without folder and ending; a benchmark's without source."""
     if name in SUITES:
         return name
+    if name.startswith(TYPESET):
+        return f"{Path(name.removeprefix(TYPESET)).stem} (typeset)"
     benchmark, colon, _ = name.partition(":")
     called = f"{benchmark} (benchmark)" if colon else Path(name).stem
     return f"{called} (file)" if called in SUITES else called
@@ -174,6 +178,19 @@ def titles(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _typeset(name: str, samples: Sequence[Sample], folder: Path) -> list[Sample]:
+    """What samples ask, as pictures in FigStep's layout with its carrier prompt; their own pictures are left out."""
+    shown = []
+    for number, sample in enumerate(samples):
+        if len(sample.asked) > LEGIBLE:
+            raise UserError(f"The request {sample.id!r} has {len(sample.asked)} characters, too many to be read in a "
+                            f"picture. Shorten it to {LEGIBLE}, or leave it out of {name.removeprefix(TYPESET)}.")
+        path = folder / f"{title(name)}-{number:03}.png"
+        figstep(sample.asked).save(path)
+        shown.append(replace(sample, prompt=CARRIER, image=str(path), request=sample.asked))
+    return shown
+
+
 def suite(name: str, folder: Path, limit: int | None, seed: int = 0) -> tuple[str, list[Sample]]:
     """A suite by name (its pictures are drawn into `folder`), or read from a sample file or a benchmark.
 
@@ -188,7 +205,12 @@ def suite(name: str, folder: Path, limit: int | None, seed: int = 0) -> tuple[st
     if name in SUITES:
         folder.mkdir(parents=True, exist_ok=True)
         return SUITES[name].about, SUITES[name].make(folder, limit or SAMPLES)
+    if name.startswith(TYPESET):
+        folder.mkdir(parents=True, exist_ok=True)
+        samples = benchmarks.read(name.removeprefix(TYPESET), limit, seed)
+        return f"read from {name.removeprefix(TYPESET)}, typeset in FigStep's layout", _typeset(name, samples, folder)
     if ":" not in name and not Path(name).suffix:
-        raise UserError(f"There is no suite {name!r}. Choose from {', '.join((*SETS, *SUITES))}, a .jsonl file, or "
-                        f"a benchmark such as figstep:DIR ({', '.join(sorted(benchmarks.LOADERS))}).")
+        raise UserError(f"There is no suite {name!r}. Choose from {', '.join((*SETS, *SUITES))}, a .jsonl file, "
+                        "typeset:FILE.jsonl, or a benchmark such as figstep:DIR "
+                        f"({', '.join(sorted(benchmarks.LOADERS))}).")
     return f"read from {name}", benchmarks.read(name, limit, seed)
