@@ -1,4 +1,4 @@
-"""The README holds no editing leftovers, and its commands are ones that the command line understands."""
+"""README and docs hold no editing leftovers, their links lead somewhere, and their commands are understood."""
 
 import re
 import shlex
@@ -8,20 +8,42 @@ import pytest
 
 from safety import __main__ as cli
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
-COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    python -m safety ")]
+ROOT = Path(__file__).parent.parent
+PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in (ROOT / "README.md",
+                                                                         *sorted((ROOT / "docs").glob("*.md")))}
+COMMANDS = sorted({line.strip() for text in PAGES.values() for line in text.splitlines()
+                   if line.startswith("    python -m safety ")})
 
 
-def test_there_are_no_notes_of_editors() -> None:
-    assert "<!--" not in TEXT
+def anchors(text: str) -> set[str]:
+    """What a link's # can name on a page, as GitHub makes them of its headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_table_has_a_header() -> None:
-    lines = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL).splitlines()
+@pytest.mark.parametrize("page", PAGES)
+def test_there_are_no_notes_of_editors(page: str) -> None:
+    assert "<!--" not in PAGES[page]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if not link.startswith("http")]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_has_a_header(page: str) -> None:
+    lines = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL).splitlines()
     starts = [number for number, line in enumerate(lines)
               if line.startswith("|") and not lines[number - 1].startswith("|")]
     orphans = [lines[number] for number in starts if not re.fullmatch(r"\|[-:| ]+\|", lines[number + 1])]
-    assert starts and not orphans
+    assert not orphans
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if " | " not in line])
