@@ -188,8 +188,16 @@ class LVLM:
         return self.decoder.norm(states[:, -1:])[0, 0]
 
     def run_block(self, block: int, states: Tensor, kwargs: dict[str, Any], cache: DynamicCache) -> Tensor:
-        """One block on states [rows, n, width] with what the decoder passed to it, but keys and values to `cache`."""
-        return self.layers[block](states, **{**kwargs, "cache": cache})
+        """One block on states [rows, n, width] with what the decoder passed to it, but keys and values to `cache`.
+
+        Raises:
+            UserError: they went elsewhere, as the installed transformers calls it by another name.
+        """
+        states = self.layers[block](states, **{**kwargs, "cache": cache})
+        if not cache.get_seq_length(block):
+            raise UserError("The installed transformers gives a decoder block its cache in a way not known here: "
+                            "SASA would be wrong. Install the versions that requirements.txt names.")
+        return states
 
     def decode(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """One decoder step. embeds [rows, q, width], mask [rows, cached + q] (1 = visible), positions [rows, q];

@@ -197,6 +197,19 @@ def test_an_exception_and_a_closed_generator_leave_the_model_as_it_was(lvlm, eng
     assert run(engine, lanes) == expected
 
 
+@pytest.mark.parametrize("name", ["gate passes", "project"])
+def test_a_block_that_keeps_to_the_clean_cache_is_refused(engine, lvlm, name, monkeypatch):
+    """As transformers 5.24's did when the cache's argument got another name: the clean stream was overwritten."""
+    kind, first = type(lvlm.layers[0]), {}
+    forward = kind.forward
+
+    def stubborn(self, states, cache=None, **kwargs):
+        return forward(self, states, cache=first.setdefault(self, cache), **kwargs)
+    monkeypatch.setattr(kind, "forward", stubborn)
+    with pytest.raises(UserError, match=r"requirements\.txt"):
+        run(engine, [LANES[name]])
+
+
 def test_cancel_stops_between_two_tokens_and_frees_the_model(lvlm, engine):
     cancel, seen = threading.Event(), []
     for step in engine.stream(PROMPT, IMAGE, lanes=[LANES["none"]], max_new_tokens=STEPS, cancel=cancel):

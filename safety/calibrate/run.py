@@ -143,7 +143,7 @@ def _try_lanes(engine: Engine, samples: Sequence[Sample], recipe: Recipe, out: P
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--data", action="append", metavar="SPEC", help="samples: a JSONL file or a benchmark such as "
-                        "figstep:DIR (see docs/evaluation.md); may be given several times. The miniature brings its own")
+                        "figstep:DIR (see docs/evaluation.md); may be given several times. The miniature has its own")
     parser.add_argument("--held-out", action="append", metavar="SPEC", help="samples for the closing trial, likewise")
     parser.add_argument("--limit", type=count, help="read at most so many samples of each --data and --held-out")
     parser.add_argument("--out", type=Path, help="where the artifacts go (default artifacts/<model>/defenses)")
