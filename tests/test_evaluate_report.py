@@ -195,7 +195,8 @@ def test_no_summary_no_report(tmp_path):
 SHIPPED = ROOT / "artifacts" / "miniature" / "evaluation"
 
 
-@pytest.mark.parametrize("folder", [SHIPPED, SHIPPED / "ablations", SHIPPED / "published"], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [SHIPPED, SHIPPED / "ablations", SHIPPED / "published"],
+                         ids=lambda folder: folder.name)
 def test_the_shipped_results_are_of_the_shipped_model_and_artifacts_and_reproducible(tmp_path, folder):
     summary = json.loads((folder / "summary.json").read_text())
     files = json.loads((ROOT / "artifacts" / "miniature" / "model" / "config.json").read_text())["files"]
