@@ -239,7 +239,7 @@ def test_answers_of_other_settings_are_refused(finished, home, lvlm, artifacts, 
         kept = picture.read_bytes()
         Image.new("RGB", (30, 30), "white").save(picture)
     try:
-        with pytest.raises(UserError, match="another model, other artifacts"):
+        with pytest.raises(UserError, match="another model or number format"):
             command.evaluate(lvlm, changed)
     finally:
         if change == "sample":

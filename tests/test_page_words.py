@@ -62,8 +62,9 @@ def test_the_measurements_come_from_the_artifacts() -> None:
     host = Host(StandInEngine(500, 0.0))
     table = top_view(host)["measured"]
     assert table["lanes"] == ["No defense", "SASA", "All together"]
-    assert table["rows"][0] == {"kind": "picture attacks", "harmless": False, "refused": [[0, 24], [5, 24], [12, 24]]}
-    assert "refused 12 of 24 picture attacks and 10 of 24 of their harmless twins" in table["sentence"]
+    attacks = {"kind": "typeset picture attacks", "harmless": False, "refused": [[0, 24], [5, 24], [12, 24]]}
+    assert table["rows"][0] == attacks
+    assert "refused 12 of 24 typeset picture attacks and 10 of 24 of their harmless twins" in table["sentence"]
     assert "weak" in table["sentence"]
     good = {
         "all": {"typographic": {"refused": {"hits": 9, "n": 10}}, "typographic twin": {"refused": {"hits": 0, "n": 9}}}

@@ -5,7 +5,7 @@ from tiny import random_artifacts, tiny_llava
 from torch import nn
 
 from safety.engine import Engine
-from safety.quantize import WIDE, Int8Linear, fast_dtype, quantize_linears
+from safety.quantize import WIDE, Int8Linear, fast_dtype, int8_is_faster, quantize_linears
 from safety.settings import Lane, Revision, Sapt, Sasa
 
 
@@ -40,6 +40,14 @@ def test_the_fast_dtype_of_a_cpu_is_measured_even_where_there_is_a_gpu(monkeypat
         monkeypatch.setattr("safety.quantize.time.perf_counter", lambda ticks=ticks: next(ticks))
         assert fast_dtype("cpu") == fast
     assert fast_dtype("cuda:1") == torch.bfloat16
+
+
+def test_a_busy_machine_does_not_change_the_number_format(monkeypatch):
+    for exact, small, plain, faster in ((True, 9, 1, True), (False, 9, 1, False), (False, 1, 9, True)):
+        ticks = iter([tick for took in (small, plain) for _ in range(4) for tick in (0, took)])
+        monkeypatch.setattr("safety.quantize.onednn_is_exact", lambda exact=exact: exact)
+        monkeypatch.setattr("safety.quantize.time.perf_counter", lambda ticks=ticks: next(ticks))
+        assert int8_is_faster(8, 8, 1) == faster
 
 
 def test_a_vocabulary_wide_layer_gives_the_same_with_and_without_onednn(monkeypatch):

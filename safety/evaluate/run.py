@@ -75,9 +75,9 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
     known = {key: record for key, record in read_records(out).items() if "error" not in record} if out.exists() else {}
     stale = next((key for key, value in wanted.items() if key in known and known[key]["key"] != value), None)
     if stale:
-        raise UserError(f"{out} holds answers of another model, other artifacts, settings or samples (such as sample "
-                        f"{stale[1]!r} of suite {stale[0]!r} in lane {stale[2]!r}). Choose another --out, or delete "
-                        "that folder.")
+        raise UserError(f"{out} holds answers of another model or number format (now {lvlm.label}; --quantization says "
+                        f"which), other artifacts, settings or samples (such as sample {stale[1]!r} of suite "
+                        f"{stale[0]!r} in lane {stale[2]!r}). Choose another --out, or delete that folder.")
     todo = [(suite, group, rows) for suite, samples in suites.items() for group in groupings
             for rows in _cut(samples[process::processes], batch) if any(
                 (suite, sample.id, arm.name) not in known for sample in rows for arm in group)]
