@@ -13,6 +13,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in (ROOT 
                                                                          *sorted((ROOT / "docs").glob("*.md")))}
 COMMANDS = sorted({line.strip() for text in PAGES.values() for line in text.splitlines()
                    if line.startswith("    python -m safety ")})
+WITH_TABLES = ("README.md", *(page for page, text in PAGES.items() if page != "README.md" and "\n|" in text))
 
 
 def anchors(text: str) -> set[str]:
@@ -37,13 +38,13 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(target.read_text("utf-8")), link
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", WITH_TABLES)
 def test_every_table_has_a_header(page: str) -> None:
     lines = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL).splitlines()
     starts = [number for number, line in enumerate(lines)
               if line.startswith("|") and not lines[number - 1].startswith("|")]
     orphans = [lines[number] for number in starts if not re.fullmatch(r"\|[-:| ]+\|", lines[number + 1])]
-    assert not orphans
+    assert starts and not orphans
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if " | " not in line])

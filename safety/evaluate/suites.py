@@ -178,14 +178,14 @@ def titles(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _typeset(name: str, samples: Sequence[Sample], folder: Path) -> list[Sample]:
+def _typeset(name: str, source: str, samples: Sequence[Sample], folder: Path) -> list[Sample]:
     """What samples ask, as pictures in FigStep's layout with its carrier prompt; their own pictures are left out."""
     shown = []
     for number, sample in enumerate(samples):
         if len(sample.asked) > LEGIBLE:
             raise UserError(f"The request {sample.id!r} has {len(sample.asked)} characters, too many to be read in a "
-                            f"picture. Shorten it to {LEGIBLE}, or leave it out of {name.removeprefix(TYPESET)}.")
-        path = folder / f"{title(name)}-{number:03}.png"
+                            f"picture. Shorten it to {LEGIBLE}, or leave it out of {source}.")
+        path = folder / f"{name}-{number:03}.png"
         figstep(sample.asked).save(path)
         shown.append(replace(sample, prompt=CARRIER, image=str(path), request=sample.asked))
     return shown
@@ -207,8 +207,9 @@ def suite(name: str, folder: Path, limit: int | None, seed: int = 0) -> tuple[st
         return SUITES[name].about, SUITES[name].make(folder, limit or SAMPLES)
     if name.startswith(TYPESET):
         folder.mkdir(parents=True, exist_ok=True)
-        samples = benchmarks.read(name.removeprefix(TYPESET), limit, seed)
-        return f"read from {name.removeprefix(TYPESET)}, typeset in FigStep's layout", _typeset(name, samples, folder)
+        source = name.removeprefix(TYPESET)
+        samples = _typeset(title(name), source, benchmarks.read(source, limit, seed), folder)
+        return f"read from {source}, typeset in FigStep's layout", samples
     if ":" not in name and not Path(name).suffix:
         raise UserError(f"There is no suite {name!r}. Choose from {', '.join((*SETS, *SUITES))}, a .jsonl file, "
                         "typeset:FILE.jsonl, or a benchmark such as figstep:DIR "

@@ -8,9 +8,9 @@ MARK = (
     '<path class="mark-threshold" d="M7 16.5H33"/><path class="mark-inject" d="M14 33h7l-3.5-6Z"/></svg>'
 )
 
-NOTICE = '<div class="notice" role="alert" hidden><span></span></div>'
+NOTICE = '<div class="notice" role="alert" hidden></div>'
 NOTICE_SCRIPT = """
 const box = element.querySelector('.notice');
-const show = () => { box.querySelector('span').textContent = props.value || ''; box.hidden = !props.value; };
+const show = () => { box.textContent = props.value || ''; box.hidden = !props.value; };
 watch('value', show); show();
 """
