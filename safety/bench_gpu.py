@@ -40,6 +40,7 @@ TINY = {"text_config": {"model_type": "llama", "hidden_size": 128, "intermediate
         "image_token_index": 1000,
         "vision_config": {"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128,
                           "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 112, "patch_size": 14}}
+WARM_UP = 20  # tokens: a check of SAPT among them
 TARGETS = {  # name: (format, highest value, what)
     "four_lanes_vs_one": ("bf16", 1.25, "four lanes / one undefended lane"),
     "four_lanes_vs_separate": ("nf4", 0.6, "four lanes in one stream / four separate runs"),
@@ -65,27 +66,29 @@ def run(repeats: int, out: Path, tiny: bool = False, formats: Sequence[str] = FO
         raise UserError("The full-size benchmark needs a CUDA GPU with 24 GB; --tiny tries it out without one.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {}
+    targets: dict[str, Any] = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     for name in formats:
         if name == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
             results[name] = {"not_measured": "bitsandbytes is not installed"}
-            continue
-        results[name] = _measure(name, device, tokens, prompt, repeats, tiny)
-        gc.collect()
-        torch.cuda.empty_cache()
-    targets = {name: {"what": f"{what}, {kind}", "target": limit, "measured": value, "met": value <= limit}
-               for name, (kind, limit, what) in TARGETS.items()
-               if (value := results.get(kind, {}).get("ratios", {}).get(name)) is not None}
-    report = {
-        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
-        "model": "tiny LLaVA" if tiny else "LLaVA-1.5-7B, random weights", "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m safety bench --gpu" + (" --tiny" if tiny else "") + f" --repeats {repeats}",
-        "new_tokens": tokens, "prompt_tokens": prompt, "repeats": repeats, "versions": {"torch": torch.__version__, **{
-            package: importlib.metadata.version(package) for package in ("transformers", "bitsandbytes")
-            if importlib.util.find_spec(package)}},
-        "formats": results, "targets": targets,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
+        else:
+            results[name] = _measure(name, device, tokens, prompt, repeats, tiny)
+            gc.collect()
+            torch.cuda.empty_cache()
+        targets = {target: {"what": f"{what}, {kind}", "target": limit, "measured": value, "met": value <= limit}
+                   for target, (kind, limit, what) in TARGETS.items()
+                   if (value := results.get(kind, {}).get("ratios", {}).get(target)) is not None}
+        report = {
+            "machine": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+            "model": "tiny LLaVA" if tiny else "LLaVA-1.5-7B, random weights", "date": time.strftime("%Y-%m-%d"),
+            "command": "python -m safety bench --gpu" + (" --tiny" if tiny else "") + f" --repeats {repeats}",
+            "new_tokens": tokens, "prompt_tokens": prompt, "repeats": repeats,
+            "versions": {"torch": torch.__version__, **{package: importlib.metadata.version(package)
+                                                        for package in ("transformers", "bitsandbytes")
+                                                        if importlib.util.find_spec(package)}},
+            "formats": results, "targets": targets,
+        }
+        out.write_text(json.dumps(report, indent=2) + "\n")  # after each format: what is measured is kept
     for kind, found in results.items():
         print(kind, found.get("not_measured", ""))
         for row, figures in found.get("rows", {}).items():
@@ -108,16 +111,17 @@ def _measure(kind: str, device: str, tokens: int, prompt: int, repeats: int, tin
              "revision": [Lane("revision", revision=revision)], "sapt": [Lane("sapt", sapt=sapt)],
              "all": [Lane("all", sasa, revision, sapt)]}
     lanes["four lanes"] = [lane for name in ("undefended", "sasa", "revision", "sapt") for lane in lanes[name]]
-    calls: dict[str, Callable[[], tuple[float, float]]] = {"generate()": lambda: _generate(lvlm, tokens, device)}
+    calls: dict[str, Callable[[int], tuple[float, float]]] = {
+        "generate()": lambda count: _generate(lvlm, count, device)}
     for name, chosen in lanes.items():
-        calls[name] = lambda chosen=chosen: _stream(engine, chosen, tokens, device)  # type: ignore[misc]
+        calls[name] = lambda count, chosen=chosen: _stream(engine, chosen, count, device)  # type: ignore[misc]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     peaks: dict[str, float] = {}
-    for repeat in tqdm(range(repeats + 1), desc=kind):  # the first round warms up
+    for repeat in tqdm(range(repeats + 1), desc=kind):  # the first round, a short one, warms up
         for name, call in calls.items():
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            figures = call()
+            figures = call(tokens if repeat else WARM_UP)
             if repeat:
                 times[name].append(figures)
             if device == "cuda":

@@ -44,7 +44,7 @@ class Oracle:
         handles = []
         if revise and revision:
             first = 0 if revision.positions == "all" else self.length - 1
-            added = delta(revision, self.artifacts.revision)
+            added = delta(revision, self.artifacts.revision).to(self.lvlm.device)
 
             def edit(x: Tensor) -> Tensor:
                 x = x.clone()
@@ -117,7 +117,7 @@ class Oracle:
             self.tokens.append(token)
             if token in self.lvlm.eos_ids:
                 break
-            parts.append(self.lvlm.embed(torch.tensor([[token]])))
+            parts.append(self.lvlm.embed(torch.tensor([[token]], device=self.lvlm.device)))
         return self
 
 

@@ -64,7 +64,7 @@ def random_artifacts(lvlm: LVLM, seed: int = 1) -> Artifacts:
         return torch.randn(*shape, generator=generator)
 
     def probe(features: int) -> Probe:
-        return Probe(draw(features) / features**0.5, draw(()))
+        return Probe(draw(features) / features**0.5, draw(())).to(lvlm.device)
 
     blocks, heads, dim, width = lvlm.blocks, lvlm.heads, lvlm.head_dim, lvlm.width
     shapes = {"layer": (blocks, width), "head": (blocks, heads, dim)}
@@ -73,7 +73,7 @@ def random_artifacts(lvlm: LVLM, seed: int = 1) -> Artifacts:
     return Artifacts(
         sasa=SasaArtifact({(1, 3): probe(lvlm.vocabulary), (2, 4): probe(lvlm.vocabulary)}, probe(lvlm.vocabulary)),
         revision=RevisionArtifact(vectors, scales, draw(blocks, heads).abs()),
-        sapt=SaptArtifact(draw(3, width), {"joint": probe(width), "frozen": probe(width)}),
+        sapt=SaptArtifact(draw(3, width).to(lvlm.device), {"joint": probe(width), "frozen": probe(width)}),
         trace=TraceArtifact(probe(width), 0.5),
         settings=Settings(Sasa(2, 4), Revision(3, alpha=0.5), Sapt(interval=5, threshold=0.5)),
         about={"recipe": "random numbers"},
