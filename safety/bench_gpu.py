@@ -2,15 +2,17 @@
 
 Speed and memory do not depend on what the weights say, so no checkpoint is needed. In one run, for each number format:
 memory, tokens per second and time to the first token of transformers' own generate(), of one undefended lane, of four
-lanes, and of each defense; every repeat measures every row once, in turn.
+lanes, and of each defense. The rows take turns token by token, and each token's time is the least of the repeats:
+on a GPU a step of one lane is bound by what the CPU does between kernels, which anything else on the machine disturbs.
 """
 
+import copy
 import gc
 import importlib.metadata
 import importlib.util
 import json
 import platform
-import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,27 +113,31 @@ def _measure(kind: str, device: str, tokens: int, prompt: int, repeats: int, tin
              "revision": [Lane("revision", revision=revision)], "sapt": [Lane("sapt", sapt=sapt)],
              "all": [Lane("all", sasa, revision, sapt)]}
     lanes["four lanes"] = [lane for name in ("undefended", "sasa", "revision", "sapt") for lane in lanes[name]]
-    calls: dict[str, Callable[[int], tuple[float, float]]] = {
-        "generate()": lambda count: _generate(lvlm, count, device)}
+    peaks: dict[str, float] = {}  # measured in a first, short round, which also warms up
+
+    def alone(name: str, call: Callable[[], object]) -> None:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        call()
+        if device == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+    short = min(WARM_UP, tokens)
+    lvlm.length = prompt + tokens - short  # in the end the caches are as long as in a whole answer
+    alone("generate()", lambda: _generate(lvlm, short, device))
     for name, chosen in lanes.items():
-        calls[name] = lambda count, chosen=chosen: _stream(engine, chosen, count, device)  # type: ignore[misc]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    peaks: dict[str, float] = {}
-    for repeat in tqdm(range(repeats + 1), desc=kind):  # the first round, a short one, warms up
-        for name, call in calls.items():
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            figures = call(tokens if repeat else WARM_UP)
-            if repeat:
-                times[name].append(figures)
-            if device == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+        alone(name, lambda chosen=chosen: engine.answer("-", lanes=chosen, max_new_tokens=short))  # type: ignore[misc]
+    lvlm.length = prompt
+    times: dict[str, list[list[float]]] = {name: [] for name in ("generate()", *lanes)}
+    for _ in tqdm(range(repeats), desc=kind):
+        for name, seconds in _in_turns(lvlm, engine.artifacts, lanes, tokens, device).items():
+            times[name].append(seconds)
+        times["generate()"].append(_generate(lvlm, tokens, device))
     rows = {}
     for name, measured in times.items():
-        seconds, first = (statistics.median(values) for values in zip(*measured, strict=True))
-        rows[name] = {"seconds": seconds, "first_token": first, "peak_gib": peaks.get(name),
-                      "tokens_per_second": (tokens - 1) / max(seconds - first, 1e-9),
-                      "all_seconds": [round(total, 4) for total, _ in measured]}
+        least = [min(values) for values in zip(*measured, strict=True)]  # whatever else the machine did adds to a time
+        rows[name] = {"seconds": sum(least), "first_token": least[0], "peak_gib": peaks.get(name),
+                      "tokens_per_second": (tokens - 1) / max(sum(least[1:]), 1e-9),
+                      "all_seconds": [round(sum(values), 4) for values in measured]}
     one, four = rows["undefended"]["seconds"], rows["four lanes"]["seconds"]
     ratios = {"four_lanes_vs_one": four / one,
               "four_lanes_vs_separate": four / sum(rows[name]["seconds"] for name in
@@ -212,27 +218,39 @@ def _artifacts(lvlm: LVLM) -> Artifacts:
         trace=TraceArtifact(probe(lvlm.width), 0.5))
 
 
-def _stream(engine: Engine, lanes: list[Lane], tokens: int, device: str) -> tuple[float, float]:
-    """(seconds, seconds until every lane has its first token)."""
-    _wait(device)
-    began = time.perf_counter()
-    first = 0.0
-    for step in engine.stream("-", lanes=lanes, max_new_tokens=tokens):
-        if step.index == 0:
-            first = time.perf_counter() - began
-    _wait(device)
-    return time.perf_counter() - began, first
+def _in_turns(lvlm: LVLM, artifacts: Artifacts, lanes: dict[str, list[Lane]], tokens: int,
+              device: str) -> dict[str, list[float]]:
+    """{row: [seconds of each token]}: the rows take turns, token by token, so that a disturbance falls on all alike.
+
+    The first token's time is that until all lanes of the row have theirs.
+    """
+    streams = {}
+    for name, chosen in lanes.items():
+        twin = copy.copy(lvlm)
+        twin.lock = threading.Lock()  # one model may run several streams in turn: hooks live for one pass only
+        streams[name] = Engine(twin, artifacts).stream("-", lanes=chosen, max_new_tokens=tokens)
+    times: dict[str, list[float]] = {name: [] for name in lanes}
+    for _ in range(tokens):
+        for name, stream in streams.items():
+            _wait(device)
+            began = time.perf_counter()
+            for _ in lanes[name]:
+                next(stream)
+            _wait(device)
+            times[name].append(time.perf_counter() - began)
+    return times
 
 
-def _generate(lvlm: LVLM, tokens: int, device: str) -> tuple[float, float]:
-    """The same for one undefended request through transformers."""
+def _generate(lvlm: LVLM, tokens: int, device: str) -> list[float]:
+    """The same for one undefended request through transformers: [first token, each of the others on average]."""
     def seconds(count: int) -> float:
         _wait(device)
         began = time.perf_counter()
         lvlm.model.generate(**lvlm.prepare("-", None, 0), max_new_tokens=count, min_new_tokens=count, do_sample=False)
         _wait(device)
         return time.perf_counter() - began
-    return seconds(tokens), seconds(1)
+    first, total = seconds(1), seconds(tokens)
+    return [first, *[(total - first) / (tokens - 1)] * (tokens - 1)]
 
 
 def _wait(device: str) -> None:

@@ -220,12 +220,12 @@ def test_a_samples_own_refusal_is_what_its_harmful_answer_is_contrasted_with(lvl
     assert targets == [observe.refusal_for(samples[0], 0), "that would hurt them"]
 
 
-@pytest.mark.parametrize("benchmark", ["spa-vl-train", "vlguard-train"])
-def test_published_training_sets_are_calibrated_on(lvlm, benchmark, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("published", ["spa-vl-train", "vlguard-train"])
+def test_published_training_sets_are_calibrated_on(lvlm, published, tmp_path, monkeypatch, capsys):
     datasets = pytest.importorskip("datasets", reason="the optional package datasets is not installed")
     monkeypatch.setattr(tables, "CACHE", tmp_path / "cache")
     monkeypatch.setattr("safety.__main__._load", lambda arguments: lvlm)
-    if benchmark == "spa-vl-train":
+    if published == "spa-vl-train":
         rows = [{"image": Image.new("RGB", (30, 30), (255 * (n % 2), 0, n)), "question": f"Tell me {n}",
                  "chosen": "I can't help with that." if n % 2 else f"Gladly {n}", "rejected": f"First {n}"}
                 for n in range(48)]
@@ -238,7 +238,7 @@ def test_published_training_sets_are_calibrated_on(lvlm, benchmark, tmp_path, mo
             {"id": str(n), "image": f"{n}.png", "safe": True, "instr-resp": [
                 {"safe_instruction": f"Look {n}", "response": f"Gladly {n}"},
                 {"unsafe_instruction": f"Hurt {n}", "response": "I can't help with that."}]} for n in range(24)]))
-    assert main(["calibrate", "--data", f"{benchmark}:{tmp_path}", "--out", str(tmp_path / "out"), "--trace",
+    assert main(["calibrate", "--data", f"{published}:{tmp_path}", "--out", str(tmp_path / "out"), "--trace",
                  "--work", str(tmp_path / "work"), "--answer-tokens", "8"]) == 0
     assert "Saved to" in capsys.readouterr().out
     census = json.loads((tmp_path / "out" / "config.json").read_text())["about"]["samples"]

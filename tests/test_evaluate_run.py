@@ -312,6 +312,18 @@ def test_two_processes_give_what_one_gives(finished, home, tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize(("shown", "gpus", "expected"), [
+    (None, 4, "2"), (None, 2, "0"), ("5,6,7", 3, "7"), ("5,6", 2, "5"), (None, 0, None), ("", 0, "")])
+def test_each_process_sees_one_gpu(shown, gpus, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {"LOCAL_RANK": "2", "WORLD_SIZE": "3", "CUDA_VISIBLE_DEVICES": shown}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    run.one_gpu_each()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
+
+
 def test_processes_meet_before_the_work_and_wait_longer_than_it_takes(monkeypatch):
     met = {}
 

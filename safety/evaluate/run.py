@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from safety.artifacts import Artifacts, fingerprint
@@ -148,11 +149,15 @@ def processes() -> tuple[int, int]:
 
 
 def one_gpu_each() -> None:
-    """Show each process of a machine its own GPU; before anything asks CUDA, which looks only once."""
+    """Show each process of a machine one GPU, in turn where there are fewer than processes.
+
+    To be called before anything asks CUDA, which looks only once.
+    """
     if processes()[1] > 1:
-        number = int(os.environ.get("LOCAL_RANK", 0))
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number] if "," in shown else str(number)
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = shown.split(",") if shown else [str(number) for number in range(torch.cuda.device_count())]
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
 
 
 def join() -> Callable[[], None]:
