@@ -230,12 +230,13 @@ def _in_turns(lvlm: LVLM, artifacts: Artifacts, lanes: dict[str, list[Lane]], to
         twin.lock = threading.Lock()  # one model may run several streams in turn: hooks live for one pass only
         streams[name] = Engine(twin, artifacts).stream("-", lanes=chosen, max_new_tokens=tokens)
     times: dict[str, list[float]] = {name: [] for name in lanes}
-    for _ in range(tokens):
-        for name, stream in streams.items():
+    names = list(lanes)
+    for token in range(tokens):
+        for name in names[token % len(names):] + names[:token % len(names)]:  # nobody always follows the same row
             _wait(device)
             began = time.perf_counter()
             for _ in lanes[name]:
-                next(stream)
+                next(streams[name])
             _wait(device)
             times[name].append(time.perf_counter() - began)
     return times

@@ -42,6 +42,7 @@ def load(name: str = MINIATURE, quantization: str | None = None, revision: str |
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise UserError(f"Quantization must be one of {', '.join(QUANTIZATIONS)}, but it is {quantization!r}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to be fp32; the default rounds a picture's patches to 10 bits
     local = name == MINIATURE or Path(name).is_dir()
     if local and revision is not None:
         raise UserError(f"{name} is not on the Hugging Face Hub and has no revisions: leave --revision out.")

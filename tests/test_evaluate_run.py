@@ -272,7 +272,8 @@ def test_a_suite_of_which_nothing_can_be_answered_is_an_error(home, lvlm, tmp_pa
 # A kill that nothing can be done about, and two processes.
 
 def launch(home, out, *prefix):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", *prefix, "safety", "evaluate", "--model", str(home / "model"), "--quantization", "none",
          "--suite", str(home / "own.jsonl"), "--artifacts", str(home / "artifacts"), "--out", str(out), "--lanes",

@@ -1,5 +1,6 @@
 """A Hugging Face Space: front matter that agrees with the requirements, and a start with a stand-in for `spaces`."""
 
+import os
 import pickle
 import re
 import subprocess
@@ -150,7 +151,8 @@ def GPU(duration):
 def test_the_app_starts_on_zero_gpu(tmp_path: Path) -> None:
     (tmp_path / "spaces.py").write_text(STUB)
     script = PROBE.format(tests=str(ROOT / "tests"), stub=str(tmp_path), root=str(ROOT), port=18766)
-    environment = {"SPACES_ZERO_GPU": "true", "SPACE_ID": "a/b", "GRADIO_SERVER_NAME": "0.0.0.0", "PATH": "/usr/bin"}
+    environment = {"SPACES_ZERO_GPU": "true", "SPACE_ID": "a/b", "GRADIO_SERVER_NAME": "0.0.0.0", "PATH": "/usr/bin",
+                   "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].startswith("zero 0.0.0.0"), run.stdout
