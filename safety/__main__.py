@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safety.errors import UserError
+from safety.errors import UserError, why
 from safety.flags import count
 from safety.settings import NEW_TOKENS, Lane, Sampling, check_length
 
@@ -52,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "generate":
             return _generate(arguments)
         if arguments.command == "calibrate":
-            return calibration.run(_load(arguments), arguments)
+            return calibration.run(lambda: _load(arguments), arguments)
         if arguments.command == "evaluate":
             if arguments.check_judge:
                 return evaluation.check_judge(arguments.check_judge)
             evaluation.run.one_gpu_each()
-            return evaluation.evaluate(_load(arguments), arguments)
+            return evaluation.evaluate(lambda: _load(arguments), arguments)
         if arguments.command == "attack":
-            return adversarial.run(_load(arguments), arguments)
+            return adversarial.run(lambda: _load(arguments), arguments)
         if arguments.command == "report":
             return evaluation.report(arguments)
         if arguments.command == "artifacts":
@@ -117,9 +117,9 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from safety.artifacts import Artifacts, Settings, load_artifacts
+    from safety.artifacts import load_artifacts
     from safety.engine import Engine
-    from safety.settings import Revision, Sapt, Sasa
+    from safety.evaluate.arms import UNCALIBRATED
     if arguments.requests is not None and arguments.image is not None:
         raise UserError("With --requests, give each image in its line of the file instead of --image.")
     # All that needs no model is refused before one is loaded.
@@ -128,7 +128,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
     sampling.check()
     check_length(arguments.max_new_tokens)
-    _lanes(arguments.lanes, Artifacts(settings=Settings(Sasa(0, 1), Revision(0), Sapt())))
+    _lanes(arguments.lanes, UNCALIBRATED)
     lvlm = _load(arguments)
     engine = Engine(lvlm, load_artifacts(lvlm, arguments.artifacts))
     lanes = _lanes(arguments.lanes, engine.artifacts)
@@ -183,7 +183,7 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The requests file {path} could not be read: {error}.") from error
+        raise UserError(f"The requests file {path} could not be read: {why(error)}.") from error
     # Not splitlines(): JSON strings may hold other line separators as they are.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:

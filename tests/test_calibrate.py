@@ -298,14 +298,15 @@ def test_parts_of_another_model_are_refused_before_the_work(lvlm, samples, calib
 
 def test_bad_flags_are_refused(lvlm, tmp_path):
     parser = argparse.ArgumentParser()
+    parser.set_defaults(model="tiny")
     run.add_arguments(parser)
     with pytest.raises(UserError, match="--data"):
-        run.run(lvlm, parser.parse_args(["--work", str(tmp_path)]))
+        run.run(lambda: lvlm, parser.parse_args(["--work", str(tmp_path)]))
     write_samples([Sample("1", "a", "safe", "")], tmp_path / "few.jsonl")
     with pytest.raises(UserError, match="at least 20"):
-        run.run(lvlm, parser.parse_args(["--data", str(tmp_path / "few.jsonl"), "--work", str(tmp_path)]))
+        run.run(lambda: lvlm, parser.parse_args(["--data", str(tmp_path / "few.jsonl"), "--work", str(tmp_path)]))
     with pytest.raises(UserError, match="--false-alarms"):
-        run.run(lvlm, parser.parse_args(["--false-alarms", "2"]))
+        run.run(lambda: lvlm, parser.parse_args(["--false-alarms", "2"]))
 
 
 @pytest.mark.parametrize(("text", "message"), [

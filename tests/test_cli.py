@@ -119,6 +119,21 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(monkeypatch, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "message"), [
+    (["evaluate", "--suite", "no-such.jsonl"], "no-such.jsonl could not be read: No such file or directory."),
+    (["evaluate", "--suite", "typeset:no-such.jsonl"], "no-such.jsonl could not be read: No such file or directory."),
+    (["evaluate", "--suite", "magic"], "There is no suite 'magic'"), (["evaluate", "--lanes", "magic"], "'magic'"),
+    (["attack", "--through", "magic"], "'magic'"), (["attack", "--suite", "no-such.jsonl"], "could not be read: No"),
+    (["calibrate", "--data", "no-such.jsonl"], "no-such.jsonl could not be read: No such file or directory."),
+    (["calibrate", "--model", "x/y"], "Give --data")])
+def test_suites_and_lanes_are_read_before_a_model_is_loaded(monkeypatch, tmp_path, capsys, command, message):
+    monkeypatch.setattr(cli, "_load", lambda arguments: pytest.fail("a model is loaded"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("pictures"))
+
+
 def test_a_file_that_cannot_be_written_is_named(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cli, "_load", lambda arguments: (tmp_path / "file" / "out").mkdir())

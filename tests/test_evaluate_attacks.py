@@ -125,22 +125,22 @@ def test_the_command_makes_suites_and_takes_them_up_again(lvlm, artifacts, tmp_p
     monkeypatch.setattr(adversarial, "load_artifacts", lambda lvlm, folder: artifacts)
     # A shape on 448 pixels is shrunk to the tiny model's 28: a perturbed picture is saved as the model sees it.
     flags = arguments(tmp_path, "--epsilon", "0,32", "--through", "none,sasa")
-    assert adversarial.run(lvlm, flags) == 0
+    assert adversarial.run(lambda: lvlm, flags) == 0
     suites = {path.stem: read_samples(path) for path in tmp_path.glob("*.jsonl")}
     assert set(suites) == {"pgd-0", "pgd-32-none", "pgd-32-sasa"}
     clean, perturbed = (np.asarray(Image.open(suites[name][0].image)).astype(int) for name in ("pgd-0", "pgd-32-none"))
     assert 0 < np.abs(clean - perturbed).max() <= 32
     assert all(sample.unsafe and sample.asked == sample.prompt for rows in suites.values() for sample in rows)
     monkeypatch.setattr(adversarial, "descend", None)  # nothing is computed twice
-    assert adversarial.run(lvlm, flags) == 0
+    assert adversarial.run(lambda: lvlm, flags) == 0
     with pytest.raises(UserError, match="whole numbers"):
-        adversarial.run(lvlm, arguments(tmp_path, "--epsilon", "small"))
+        adversarial.run(lambda: lvlm, arguments(tmp_path, "--epsilon", "small"))
 
 
 def test_a_lane_whose_name_is_no_file_name(lvlm, artifacts, tmp_path, monkeypatch):
     monkeypatch.setattr(adversarial, "load_artifacts", lambda lvlm, folder: artifacts)
     flags = arguments(tmp_path, "--epsilon", "32", "--through", "sapt:artifacts=build/x", "--limit", "1")
-    assert adversarial.run(lvlm, flags) == 0
+    assert adversarial.run(lambda: lvlm, flags) == 0
     (path,) = tmp_path.glob("*.jsonl")
     assert path.stem.startswith("pgd-32-sapt-artifacts=build-x-")
     assert read_samples(path)[0].image
@@ -149,8 +149,8 @@ def test_a_lane_whose_name_is_no_file_name(lvlm, artifacts, tmp_path, monkeypatc
 
 def test_pictures_of_a_suite_can_be_perturbed(lvlm, artifacts, tmp_path, monkeypatch):
     monkeypatch.setattr(adversarial, "load_artifacts", lambda lvlm, folder: artifacts)
-    assert adversarial.run(lvlm, arguments(tmp_path, "--epsilon", "32", "--suite", "figstep")) == 0
+    assert adversarial.run(lambda: lvlm, arguments(tmp_path, "--epsilon", "32", "--suite", "figstep")) == 0
     one, two = read_samples(tmp_path / "pgd-32-none.jsonl")
     assert one.prompt == two.prompt != one.asked != two.asked  # FigStep's carrier; what is asked stands in the picture
     with pytest.raises(UserError, match="no harmful request with a picture"):
-        adversarial.run(lvlm, arguments(tmp_path, "--suite", "figstep-text"))
+        adversarial.run(lambda: lvlm, arguments(tmp_path, "--suite", "figstep-text"))

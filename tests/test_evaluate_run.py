@@ -94,7 +94,7 @@ def assert_same_answers(found, wanted):
 def finished(home, lvlm, tmp_path_factory):
     """An uninterrupted evaluation."""
     out = tmp_path_factory.mktemp("finished")
-    assert command.evaluate(lvlm, arguments(home, out)) == 0
+    assert command.evaluate(lambda: lvlm, arguments(home, out)) == 0
     return out
 
 
@@ -119,7 +119,7 @@ def test_batches_answer_as_one_by_one(finished, home, lvlm, artifacts):
 
 
 def test_json_summary_has_the_promised_form(finished, home, lvlm, capsys):
-    assert command.evaluate(lvlm, arguments(home, finished)) == 0  # everything is there: nothing is asked again
+    assert command.evaluate(lambda: lvlm, arguments(home, finished)) == 0  # everything is there: nothing is asked again
     summary = json.loads(capsys.readouterr().out)
     lanes = summary["suites"]["own"]
     assert list(lanes) == LANES.split(",")
@@ -147,7 +147,7 @@ def test_the_summary_says_which_artifacts_it_is_of_and_what_they_had_seen(finish
     about = {"sample_digests": [Sample("", " The REAL one", "unsafe", "").request_digest]}
     save_artifacts(replace(artifacts, about=about), lvlm, tmp_path / "seen")
     assert command.artifacts_digest(tmp_path / "seen") == digest  # notes change nothing
-    command.evaluate(lvlm, arguments(home, tmp_path / "out", lanes="none", artifacts=tmp_path / "seen"))
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path / "out", lanes="none", artifacts=tmp_path / "seen"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["seen_in_calibration"] == {"own": 1}
     assert "1 requests of the suite own were" in (tmp_path / "out" / "report.md").read_text()
@@ -174,23 +174,33 @@ def test_a_stopped_run_goes_on_where_it_stopped(finished, home, lvlm, tmp_path, 
         return real(self, requests, **kwargs)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Engine, "answer_batch", stops)
-        command.evaluate(lvlm, arguments(home, tmp_path))
+        command.evaluate(lambda: lvlm, arguments(home, tmp_path))
     torn = tmp_path / "answers.jsonl"
     if batches:
         torn.write_bytes(torn.read_bytes()[:-20])  # killed in the middle of a write
-    command.evaluate(lvlm, arguments(home, tmp_path))
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path))
     assert timeless(read_records(tmp_path)) == timeless(read_records(finished))
     assert len(torn.read_text().splitlines()) == 35
 
 
 def test_more_lanes_and_samples_may_follow(finished, home, lvlm, tmp_path):
-    command.evaluate(lvlm, arguments(home, tmp_path, lanes="none", limit=2))
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path, lanes="none", limit=2))
     before = (tmp_path / "answers.jsonl").read_bytes()
-    command.evaluate(lvlm, arguments(home, tmp_path))
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path))
     assert (tmp_path / "answers.jsonl").read_bytes().startswith(before)
     few = {key for key in read_records(tmp_path) if key[2] == "none"}
     assert timeless(read_records(tmp_path)).items() >= timeless(
         {key: record for key, record in read_records(finished).items() if key in few}).items()
+
+
+def test_what_another_run_left_in_the_folder_is_said_to_be_left_out(home, lvlm, tmp_path, capsys):
+    write_samples([Sample("1", "hello", "safe", "")], tmp_path / "other.jsonl")
+    for suite in (home / "own.jsonl", tmp_path / "other.jsonl"):
+        told = capsys.readouterr().err
+        command.evaluate(lambda: lvlm, arguments(home, tmp_path, suite=[str(suite)], lanes="none", limit=2))
+    assert "also holds" not in told
+    assert "also holds answers to own, which this report leaves out" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "summary.json").read_text())["suites"]) == ["other"]
 
 
 def test_a_batch_that_was_torn_is_given_again_as_it_was(finished, home, lvlm, tmp_path, monkeypatch):
@@ -203,7 +213,7 @@ def test_a_batch_that_was_torn_is_given_again_as_it_was(finished, home, lvlm, tm
         asked.append([request.prompt.split("\n")[-1] for request in requests])
         return real(self, requests, **kwargs)
     monkeypatch.setattr(Engine, "answer_batch", counted)
-    command.evaluate(lvlm, arguments(home, tmp_path))
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path))
     assert asked == [["request 0", "request 1", "request 2"]] * 3  # once for each group of lanes
     assert len(read_records(tmp_path)) == len(lines) == len((tmp_path / "answers.jsonl").read_text().splitlines())
 
@@ -212,7 +222,8 @@ def test_corrected_labels_count_without_answering_again(home, lvlm, tmp_path, mo
     def samples(**changes):
         write_samples([Sample("a", "one", "unsafe", "x"), replace(Sample("b", "two", "unsafe", "x"), **changes)],
                       tmp_path / "two.jsonl")
-        command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")], lanes="none"))
+        command.evaluate(lambda: lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")],
+                                                 lanes="none"))
         return json.loads((tmp_path / "out" / "summary.json").read_text())
     before = samples()["suites"]["two"]["none"]
     assert (before["refusal"]["n"], before["over_refusal"], before["utility"]) == (2, None, None)
@@ -240,7 +251,7 @@ def test_answers_of_other_settings_are_refused(finished, home, lvlm, artifacts, 
         Image.new("RGB", (30, 30), "white").save(picture)
     try:
         with pytest.raises(UserError, match="another model or number format"):
-            command.evaluate(lvlm, changed)
+            command.evaluate(lambda: lvlm, changed)
     finally:
         if change == "sample":
             picture.write_bytes(kept)
@@ -251,14 +262,14 @@ def test_a_sample_that_cannot_be_served_is_left_out_of_every_lane(home, lvlm, tm
     samples = [Sample("good", "hello", "safe", ""), Sample("bad", "hello", "safe", "", str(tmp_path / "broken.png"))]
     write_samples(samples, tmp_path / "two.jsonl")
     suite = "two"
-    command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")],
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")],
                                      lanes="none,blank-image"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     for row in summary["suites"][suite].values():
         assert (row["n"], row["errors"]) == (1, 1)
     assert "damaged" in read_records(tmp_path / "out")[suite, "bad", "none"]["error"]
     Image.new("RGB", (30, 30), "green").save(tmp_path / "broken.png")  # mended, and evaluated again
-    command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")], lanes="none"))
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "two.jsonl")], lanes="none"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["suites"][suite]["none"]["n"], summary["suites"][suite]["none"]["errors"]) == (2, 0)
 
@@ -266,7 +277,8 @@ def test_a_sample_that_cannot_be_served_is_left_out_of_every_lane(home, lvlm, tm
 def test_a_suite_of_which_nothing_can_be_answered_is_an_error(home, lvlm, tmp_path):
     write_samples([Sample("1", "say <image>", "safe", "")], tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match=r"No sample of suite bad.*control marker"):
-        command.evaluate(lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "bad.jsonl")], lanes="none"))
+        command.evaluate(lambda: lvlm, arguments(home, tmp_path / "out", suite=[str(tmp_path / "bad.jsonl")],
+                                                 lanes="none"))
 
 
 # A kill that nothing can be done about, and two processes.
@@ -291,7 +303,7 @@ def test_a_killed_process_loses_nothing_that_was_written(finished, home, lvlm, t
     process.wait()
     done = read_records(tmp_path)
     assert done
-    command.evaluate(lvlm, arguments(home, tmp_path))
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path))
     assert timeless(read_records(tmp_path)) == timeless(read_records(finished))
     assert all(read_records(tmp_path)[key] == record for key, record in done.items())  # not answered again
 

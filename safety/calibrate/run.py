@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -169,9 +169,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=recipe.seed)
 
 
-def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
-    """The command: read samples, calibrate with progress bars, and print what came of it."""
-    out = arguments.out or default_folder(lvlm)
+def run(load: Callable[[], LVLM], arguments: argparse.Namespace) -> int:
+    """The command: read samples, load the model, calibrate with progress bars, and print what came of it."""
     parts = [part for part in PARTS if getattr(arguments, part)] or list(PARTS)
     if not 0 < arguments.false_alarms < 1:
         raise UserError(f"--false-alarms must lie between 0 and 1, but it is {arguments.false_alarms:g}.")
@@ -182,11 +181,13 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     held_out = read_all(arguments.held_out or [], arguments.limit, arguments.seed)
     if arguments.data:
         samples = read_all(arguments.data, arguments.limit, arguments.seed)
-    elif lvlm.name == MINIATURE:
+    elif arguments.model == MINIATURE:
         samples = miniature_samples(arguments.work / "images", "train", arguments.per_kind, arguments.seed)
         held_out = held_out or miniature_samples(arguments.work / "images", "heldout", HELD_OUT, arguments.seed)
     else:
         raise UserError("Give --data: only the miniature brings samples of its own.")
+    lvlm = load()
+    out = arguments.out or default_folder(lvlm)
     with _Bars() as bars:
         artifacts = calibrate(lvlm, samples, held_out, out, arguments.work, parts, bars, recipe=recipe,
                               command=f"python -m safety {shlex.join(sys.argv[1:])}")

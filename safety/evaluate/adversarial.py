@@ -11,6 +11,7 @@ import argparse
 import functools
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from safety.artifacts import Artifacts, fingerprint, load_artifacts
 from safety.errors import UserError
 from safety.evaluate import draw, suites
-from safety.evaluate.arms import Arm, digest, parse_arms
+from safety.evaluate.arms import UNCALIBRATED, Arm, digest, parse_arms
 from safety.evaluate.attacks import Pgd, Surrogate, descend
 from safety.flags import count
 from safety.inputs import open_image
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder of suites and pictures; taken up again (default build/attack)")
 
 
-def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
+def run(load_model: Callable[[], LVLM], arguments: argparse.Namespace) -> int:
     """Write OUT/pgd-RADIUS-LANE.jsonl for every radius and lane; pictures that are there already are kept."""
     try:
         radii = [int(text) for text in arguments.epsilon.split(",")]
@@ -54,6 +55,13 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     if not all(0 <= radius <= 255 for radius in radii):
         raise UserError(f"--epsilon must be between 0 and 255, but it is {arguments.epsilon!r}.")
 
+    parse_arms(arguments.through, lambda folder: UNCALIBRATED)
+    pictures = arguments.out / "pictures"
+    requests = (suite_samples(arguments.suite, pictures, arguments.limit) if arguments.suite
+                else base_samples(pictures, arguments.limit))
+    pictures.mkdir(parents=True, exist_ok=True)
+    lvlm = load_model()
+
     @functools.cache
     def calibrated(folder: str | None) -> Artifacts:
         return load_artifacts(lvlm, folder or arguments.artifacts)
@@ -61,10 +69,6 @@ def run(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     arms = parse_arms(arguments.through, calibrated)
     int8 = any(isinstance(module, Int8Linear) for module in lvlm.model.modules())
     differentiable = load(lvlm.name, "none") if int8 else lvlm  # the same weights; gradients cannot pass through int8
-    pictures = arguments.out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    requests = (suite_samples(arguments.suite, pictures, arguments.limit) if arguments.suite
-                else base_samples(pictures, arguments.limit))
     jobs = [(radius, arm) for radius in radii for arm in (arms if radius else arms[:1])]
     with tqdm(total=len(jobs) * len(requests), unit="picture", mininterval=1) as bar:
         for radius, arm in jobs:
@@ -84,6 +88,7 @@ def base_samples(folder: Path, count: int) -> list[Sample]:
     rows = list(corpus.harmful("heldout"))
     random.Random("perturbed pictures").shuffle(rows)  # so that a smaller suite is the beginning of a larger one
     samples = []
+    folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows[:count]):
         path = folder / f"shape-{number:03}.png"
         rng = random.Random(f"shape {number}")

@@ -4,14 +4,16 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from safety.artifacts import CONFIG, Artifacts, default_folder, fingerprint, load_artifacts, read_config
 from safety.evaluate import judges, run, suites
-from safety.evaluate.arms import SAFETY_PROMPT, digest, parse_arms
+from safety.evaluate.arms import SAFETY_PROMPT, UNCALIBRATED, digest, parse_arms
 from safety.evaluate.model_judges import judge_records, model_judge
+from safety.evaluate.records import read_records
 from safety.evaluate.summary import summarise
 from safety.flags import count
 from safety.lvlm import LVLM
@@ -65,8 +67,11 @@ def check_judge(path: Path) -> int:
     return 0
 
 
-def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
-    """Answer, sum up, and write the report; under `accelerate launch` every process answers its share."""
+def evaluate(load: Callable[[], LVLM], arguments: argparse.Namespace) -> int:
+    """Answer, sum up, and write the report; under `accelerate launch` every process answers its share.
+
+    What needs no model is checked, and the suites are read, before one is loaded.
+    """
     from safety.evaluate.report import write_report
 
     process, processes = run.processes()
@@ -74,18 +79,20 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     check_length(arguments.max_new_tokens)
     judge = judges.keyword_judge(arguments.judge)
     asked = model_judge(arguments.model_judge) if arguments.model_judge else None
-
-    @functools.cache
-    def calibrated(folder: str | None) -> Artifacts:
-        return load_artifacts(lvlm, folder or arguments.artifacts)
-
-    arms = parse_arms(arguments.lanes, calibrated)
+    parse_arms(arguments.lanes, lambda folder: UNCALIBRATED)
     names = [name for given in arguments.suite or ["standard"] for name in suites.SETS.get(given, (given,))]
     # Each process draws the pictures for itself: writing one file twice at a time would tear it.
     pictures = arguments.out / "pictures" if process == 0 else arguments.out / f"pictures-{process}"
     made = {title: suites.suite(name, pictures, arguments.limit, arguments.seed)
             for title, name in suites.titles(names).items()}
     samples = {name: rows for name, (_, rows) in made.items()}
+    lvlm = load()
+
+    @functools.cache
+    def calibrated(folder: str | None) -> Artifacts:
+        return load_artifacts(lvlm, folder or arguments.artifacts)
+
+    arms = parse_arms(arguments.lanes, calibrated)
     records = run.collect(lvlm, calibrated, samples, arms, arguments.out, max_new_tokens=arguments.max_new_tokens,
                           batch=arguments.batch, process=process, processes=processes)
     if wait_for_everyone:
@@ -121,6 +128,10 @@ def evaluate(lvlm: LVLM, arguments: argparse.Namespace) -> int:
     else:
         print((arguments.out / MARKDOWN).read_text(encoding="utf-8"))
     print(f"Saved to {arguments.out}.", file=sys.stderr)
+    others = sorted({suite for suite, _, _ in read_records(arguments.out)} - set(samples))
+    if others:
+        print(f"The folder also holds answers to {', '.join(others)}, which this report leaves out: it is about the "
+              "suites of this command alone. Name them too to have them in it.", file=sys.stderr)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sklearn.metrics import cohen_kappa_score
 
-from safety.errors import UserError
+from safety.errors import UserError, why
 from safety.refusal import refusal_start
 
 AGREEMENT = Path(__file__).parent / "judge_agreement.json"  # what `agreement` found on XSTest's human labels
@@ -111,7 +111,7 @@ def agreement(path: Path) -> dict[str, Any]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [(row["completion"], row["human_label"]) for row in csv.DictReader(file)]
     except (OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} could not be read as a CSV file with "completion" and "human_label": {error}.'
+        raise UserError(f'{path} could not be read as a CSV file with "completion" and "human_label": {why(error)}.'
                         ) from error
     clear = [(text, label) for text, label in rows if label != PARTIAL]
     judges = {}

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from safety.errors import UserError
+from safety.errors import UserError, why
 from safety.evaluate.arms import digest
 from safety.evaluate.records import Key, text_of
 
@@ -58,7 +58,7 @@ def model_judge(spec: str) -> ModelJudge:
         try:
             template = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The judge's prompt {file} could not be read: {error}.") from error
+            raise UserError(f"The judge's prompt {file} could not be read: {why(error)}.") from error
         if "{request}" not in template or "{answer}" not in template:
             raise UserError(f"The judge's prompt {file} needs {{request}} and {{answer}} in it.")
         return ModelJudge(spec, model, lambda request, answer: template.replace("{request}", request).replace(

@@ -206,9 +206,10 @@ def suite(name: str, folder: Path, limit: int | None, seed: int = 0) -> tuple[st
         folder.mkdir(parents=True, exist_ok=True)
         return SUITES[name].about, SUITES[name].make(folder, limit or SAMPLES)
     if name.startswith(TYPESET):
-        folder.mkdir(parents=True, exist_ok=True)
         source = name.removeprefix(TYPESET)
-        samples = _typeset(title(name), source, benchmarks.read(source, limit, seed), folder)
+        requests = benchmarks.read(source, limit, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        samples = _typeset(title(name), source, requests, folder)
         return f"read from {source}, typeset in FigStep's layout", samples
     if ":" not in name and not Path(name).suffix:
         raise UserError(f"There is no suite {name!r}. Choose from {', '.join((*SETS, *SUITES))}, a .jsonl file, "
