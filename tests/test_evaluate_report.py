@@ -15,7 +15,7 @@ from safety.errors import UserError
 from safety.evaluate import command
 from safety.evaluate.arms import parse_arms
 from safety.evaluate.inspect_log import scored_answers, shown
-from safety.evaluate.report import percent, write_report
+from safety.evaluate.report import percent, reduction, write_report
 from safety.evaluate.summary import scores, shown_before, summarise
 from safety.samples import Sample
 
@@ -129,6 +129,13 @@ def test_broken_text_gains_a_defense_nothing():
         "none": 2, "sasa": 1}  # one was refused; the one that was only broken still counts
     assert summary["suites"]["suite"]["sasa"]["garbage"]["hits"] == 2
     assert summary["reductions"][0]["reduction"] == 0.5
+
+
+def test_a_reduction_of_a_handful_of_attacks_is_not_given_as_a_share(tmp_path):
+    hostile_summary(tmp_path)
+    write_report(tmp_path)
+    assert "| suite | sasa | too few: 3 of 3 succeed without |" in (tmp_path / "report.md").read_text()
+    assert reduction({"before": 5, "n": 9, "reduction": 0.4, "low": 0.1, "high": 0.6}) == "40 % (10 to 60)"
 
 
 class Tags(HTMLParser):

@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from scipy.stats import binom
+from sklearn.metrics import roc_auc_score
 
 from safety.evaluate.statistics import (
+    auroc_interval,
     clustered_rate,
     clusters,
     holm,
@@ -45,6 +48,15 @@ def test_a_request_that_is_asked_again_is_no_further_evidence():
 def test_graded_scores_are_tested_by_their_signs():
     assert mcnemar([0.2, 0.5, 0.5, 0.5], [0.3, 0.9, 0.5, 1.0], list("abcd")) == {
         "up": 3, "down": 0, "p": pytest.approx(0.25), "n": 4}
+
+
+def test_auroc_interval_covers_what_repeated_draws_give():
+    rng = np.random.default_rng(0)
+    areas = [roc_auc_score([1] * 40 + [0] * 60, np.concatenate([rng.normal(1.5, 1, 40), rng.normal(0, 1, 60)]))
+             for _ in range(2000)]
+    low, high = auroc_interval(float(np.mean(areas)), 40, 60)
+    assert (high - low) / 2 == pytest.approx(1.96 * np.std(areas), rel=0.15)  # a little wide
+    assert auroc_interval(1.0, 3, 4) == (1.0, 1.0) and auroc_interval(0.5, 2, 2) == (0.0, 1.0)
 
 
 def test_rates_count_repeated_requests_for_less():

@@ -10,6 +10,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from safety.evaluate.statistics import auroc_interval
+
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vPX*"
 Summary = Mapping[str, Any]
@@ -32,6 +34,14 @@ def figures(summary: Summary) -> list[tuple[str, str]]:
         ("Delayed awareness: share of answers to harmful requests that have begun to refuse by a token.",
          _awareness(summary))]
     return [(caption, svg) for caption, svg in made if svg]
+
+
+def auroc(curve: Mapping[str, Any], kind: str) -> str:
+    """An AUROC for people, "0.91 (0.86–0.96)"; without an interval for single tokens, which are not independent."""
+    if kind == "trace token":
+        return f"{curve['auroc']:.2f}"
+    low, high = auroc_interval(curve["auroc"], curve["harmful"], curve["n"] - curve["harmful"])
+    return f"{curve['auroc']:.2f} ({low:.2f}–{high:.2f})"
 
 
 def _draw(size: tuple[float, float], paint: Callable[[Axes], None]) -> str:
@@ -106,7 +116,7 @@ def _detectors(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:
     for arm, curves in summary["detectors"].items():
         for kind, curve in curves.items():
             if kind not in found:
-                found[kind] = (f"{names[kind]} ({arm}): AUROC {curve['auroc']:.2f}, n = {curve['n']}", curve)
+                found[kind] = (f"{names[kind]} ({arm}): AUROC {auroc(curve, kind)}, n = {curve['n']}", curve)
     return list(found.values())
 
 

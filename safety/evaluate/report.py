@@ -12,10 +12,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from safety.errors import UserError
-from safety.evaluate.figures import figures
+from safety.evaluate.figures import auroc, figures
 
 MEASURES = {"attack_success": "attack success", "on_topic": "and on topic", "over_refusal": "over-refusal",
             "refusal": "refusal", "utility": "utility", "garbage": "garbage", "harmful": "harmful"}
+FEW = 5  # attacks that must succeed without a defense before a reduction says anything
 JUDGED = ("attack_success", "on_topic", "over_refusal", "refusal")
 
 
@@ -39,9 +40,12 @@ def quantity(row: Mapping[str, Any]) -> str:
 
 
 def reduction(row: Mapping[str, Any] | None) -> str:
-    """A relative reduction with its interval for people: "32 % (19 to 48)"; a dash where there is none."""
+    """A relative reduction with its interval for people: "32 % (19 to 48)"; a dash where there is none, and words where
+    so few attacks succeed without a defense that one more or less would be a large share."""
     if row is None or row["reduction"] is None:
         return "–"
+    if row["before"] < FEW:
+        return f"too few: {row['before']} of {row['n']} succeed without"
     interval = "" if row["low"] is None else f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
     return f"{100 * row['reduction']:.0f} %{interval}"
 
@@ -88,8 +92,8 @@ def headline(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _environment(escape: bool) -> Environment:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=escape,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "quantity": quantity, "reduction": reduction, "small": small,
-                            "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " ")}
+    environment.filters |= {"percent": percent, "quantity": quantity, "reduction": reduction, "auroc": auroc,
+                            "small": small, "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " ")}
     return environment
 
 
@@ -102,6 +106,9 @@ def write_report(folder: Path) -> list[Path]:
     source = folder / "summary.json"
     try:
         summary = json.loads(source.read_text(encoding="utf-8"))
+        for row in summary["reductions"]:
+            place = summary["pooled" if row["suite"] in summary["pooled"] else "suites"][row["suite"]]
+            row["before"] = place[row["against"]]["attack_success"]["hits"]
         drawn = [(caption, base64.b64encode(svg.encode()).decode()) for caption, svg in figures(summary)]
         context = {"summary": summary, "headings": headings(summary), "kappa": kappa(summary),
                    "headline": headline(summary)}

@@ -94,6 +94,15 @@ def mean_interval(values: Sequence[float], where: Sequence[str]) -> dict[str, An
     return found
 
 
+def auroc_interval(area: float, positive: int, negative: int) -> tuple[float, float]:
+    """95 % interval of an area under a ROC curve over so many independent answers of each label, by the standard error
+    of Hanley and McNeil (Radiology 143, 1982)."""
+    one, two = area / (2 - area), 2 * area * area / (1 + area)
+    variance = area * (1 - area) + (positive - 1) * (one - area * area) + (negative - 1) * (two - area * area)
+    half = float(norm.ppf(0.975)) * (variance / (positive * negative)) ** 0.5
+    return max(0.0, area - half), min(1.0, area + half)
+
+
 def relative_reduction(before: Sequence[float], after: Sequence[float], where: Sequence[str]) -> dict[str, Any]:
     """{"reduction", "low", "high"}: 1 - mean(after) / mean(before) of paired scores, bootstrap over the clusters
     `where`; None where there is nothing to reduce, and no interval where there is one cluster only."""
