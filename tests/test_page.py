@@ -82,7 +82,7 @@ def test_a_benign_prompt_passes_the_gate_in_two_columns(page: Any) -> None:
 def test_a_threshold_that_was_not_moved_goes_with_the_probe(page: Any) -> None:
     page.click(".defense-sasa .settings")
     threshold, selects = page.locator(".defense-sasa .number >> nth=0"), page.locator(".defense-sasa select")
-    selects.nth(0).select_option(label="safety block 16, fused block 20")
+    selects.nth(0).select_option(label="safety 16, fused 20")
     assert threshold.input_value() == "0.7"
     selects.nth(1).select_option(label="Probe only")
     assert threshold.input_value() == "0.3"

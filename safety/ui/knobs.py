@@ -108,7 +108,7 @@ def _defense(key: str, engine: Engine | None) -> Knobs:
 
 
 def _sasa(artifacts: Any, _: Sasa) -> list[Knobs]:
-    pairs = [(f"safety block {s}, fused block {f}", f"{s}-{f}") for s, f in artifacts.sasa.pairs]
+    pairs = [(f"safety {s}, fused {f}", f"{s}-{f}") for s, f in artifacts.sasa.pairs]
     modes = [("Gate (the paper)", "gate"), ("Probe only", "probe"), ("Project only", "project")]
     return [
         _range("threshold", "Threshold", "Refuse when the probe's probability is at least this", 0, 1, 0.001),

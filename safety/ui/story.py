@@ -64,7 +64,7 @@ _EXPLANATIONS = (
 
 ORDER = (
     '<div class="order"><h2 class="section">Who acts when, in a defended answer</h2><ol>'
-    '<li class="order-sasa"><b>SASA</b> judges the request once. It refuses, or lets the model answer untouched.</li>'
+    '<li class="order-sasa"><b>SASA</b> judges the request once. It refuses, or the answer begins.</li>'
     '<li class="order-revision"><b>Revision</b> then nudges every step of the answer towards safety.</li>'
     '<li class="order-sapt"><b>SAPT</b> watches as it is written; alarmed, it injects a reminder. '
     "Revision stays on.</li></ol></div>"

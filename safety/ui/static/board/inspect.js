@@ -1,6 +1,6 @@
 // Pointing at a token, or at its place in the trace, or walking with the arrow keys: one place is lit in both, and the
 // inspector between them says how likely the token was, what else the model might have said, and what happened there.
-const HINT = 'Point at a word or the trace: its chance, runners-up, events.';
+const HINT = `${matchMedia('(hover: none)').matches ? 'Tap' : 'Point at'} a word or the trace: its chance, runners-up, events.`;
 
 function inspectable(column) {
   const {body, plot, text} = column;
