@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safety import __main__ as cli
 from safety.errors import UserError
 from safety.mini import instruct, scenes, tasks
+from safety.mini.ahead import Ahead
 from safety.mini.align import AlignSettings
 from safety.mini.assemble import MiniatureError, _read_artifact, build_llava, export_weights
 from safety.mini.dictionary import Projector
@@ -25,7 +26,7 @@ from safety.mini.render import figstep, figstep_page, typeset
 from safety.mini.scenes import GRID, PATCH, SIDE, SceneMaker
 from safety.mini.symbols import COLOURS, SHAPES, shape
 from safety.mini.tasks import Turn
-from safety.mini.train_vision import adamw, train_loop
+from safety.mini.train_vision import adamw, mixed_batch, train_loop
 from safety.mini.vision import build_tower, code_book, encode, letter_table, spelled_code
 
 
@@ -199,6 +200,16 @@ def test_handwriting_lends_a_words_errors_to_words_of_its_length(lexicon) -> Non
     vectors, _ = parts_of(book, letters[long], part[: int(long.sum())])
     found = (vectors @ written[long][..., None]).squeeze(-1)
     assert (found[:, 3] < 0.9 * found[:, 1]).float().mean() > 0.6
+
+
+def test_what_other_processes_draw_ahead_is_what_would_have_been_drawn(lexicon) -> None:  # type: ignore[no-untyped-def]
+    maker = SceneMaker(lexicon)
+    drawn = Ahead(lambda step: mixed_batch(maker, (0, 7, step)), 7, "cpu", workers=2)
+    for step in range(3, 7):  # a resumed run
+        (pixels, labels), (wanted, wanted_labels) = drawn(step), mixed_batch(maker, (0, 7, step))
+        assert torch.equal(pixels, wanted)
+        assert all(torch.equal(labels[name], wanted_labels[name]) for name in wanted_labels)
+    assert Ahead(str, 7, "cpu").workers == 0
 
 
 def test_training_resumes_where_it_was_killed(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def train_dictionary(
     dictionary = Dictionary(build_tower(), embedding.shape[1]).to(device)
     entries = Entries(tokenizer, lexicon, seed)
     targets = TokenTargets(embedding.to(device), entries.tokens.to(device), tokenizer.encode(FILLER)[0])
-    handwriting = look_at_handwriting(load_reader(folder), lexicon, seed)
+    handwriting = look_at_handwriting(load_reader(folder).to(device), lexicon, seed)
     tokens = torch.from_numpy(lexicon.tokens)
 
     def loss_of(step: int) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from safety.mini import corpus, tasks
+from safety.mini.ahead import Ahead
 from safety.mini.align import AlignSettings, Example, answer_loss, build_pools, training_prompts
 from safety.mini.answers import clean_answer, read_answers
 from safety.mini.base import load_base_lm
@@ -161,9 +162,14 @@ def instruct(
     load_lora(model.get_decoder(), text_lora)
     model.train()
 
-    def loss_of(step: int) -> dict[str, Tensor]:
+    def tasks_of(step: int) -> list[tuple[Scene, list[Turn]]]:
         rng = np.random.default_rng((seed, 9, step))
-        made = [makers.task(rng) for _ in range(PICTURES)]
+        return [makers.task(rng) for _ in range(PICTURES)]
+
+    pictures = Ahead(tasks_of, steps, device)
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        made = pictures(step)
         with torch.no_grad():
             said = features([scene for scene, _ in made])
         packed = [pack(tokenizer, image_id, turns) for _, turns in made]

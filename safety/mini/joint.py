@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from safety.mini.ahead import Ahead
 from safety.mini.dictionary import CODE_NORM, DICTIONARY_CHECKPOINT, FILLER, Dictionary, Entries, TokenTargets
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
@@ -125,8 +126,9 @@ def train_joint(
     joint = Joint(embedding.shape[1])
     # The reader's checkpoint also holds the dictionary blocks, untrained: the dictionary's come second.
     joint.reader.load_state_dict(load_reader(folder).state_dict())
-    handwriting = look_at_handwriting(joint.reader, lexicon, seed)
-    joint.dictionary.load_state_dict(torch.load(folder / DICTIONARY_CHECKPOINT, weights_only=True)["model"])
+    handwriting = look_at_handwriting(joint.reader.to(device), lexicon, seed)
+    saved = torch.load(folder / DICTIONARY_CHECKPOINT, map_location="cpu", weights_only=True)
+    joint.dictionary.load_state_dict(saved["model"])
     joint.to(device)
     entries = Entries(tokenizer, lexicon, seed)
     tokens = torch.from_numpy(lexicon.tokens).to(device)
@@ -137,8 +139,10 @@ def train_joint(
         kind: on(make_batch(maker, (seed, 5), VALIDATION_IMAGES, kind), device) for kind in ("list", "text", "picture")
     }
 
+    pictures = Ahead(lambda step: mixed_batch(maker, (seed, 7, step)), steps, device)
+
     def loss_of(step: int) -> dict[str, Tensor]:
-        pixels, labels = on(mixed_batch(maker, (seed, 7, step)), device)
+        pixels, labels = on(pictures(step), device)
         middle, states, _ = joint.reader.read(pixels)
         here = labels["word"] >= 0
         blanks, spots = pick(~here, SPOTS), torch.cat([pick(here, SPOTS), symbol_spots(here)])

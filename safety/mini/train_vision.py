@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from safety.errors import UserError
+from safety.mini.ahead import Ahead
 from safety.mini.handwriting import Handwriting
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
@@ -195,8 +196,11 @@ def train_reading(
     seen = on(make_batch(maker, (seed, 1), VALIDATION_IMAGES), device)
     unseen = on(make_batch(SceneMaker(lexicon, held_out=True), (seed, 2), VALIDATION_IMAGES), device)
 
+    steps = images // BATCH
+    drawn = Ahead(lambda step: mixed_batch(maker, (seed, 0, step)), steps, device)
+
     def loss_of(step: int) -> dict[str, Tensor]:
-        pixels, labels = on(mixed_batch(maker, (seed, 0, step)), device)
+        pixels, labels = on(drawn(step), device)
         middle, states, _ = reader.read(pixels)
         here = labels["word"] >= 0
         spots = torch.cat([pick(here, SPOTS), symbol_spots(here)])
@@ -219,7 +223,7 @@ def train_reading(
         [adamw(reading_parameters(reader), LEARNING_RATE)],
         loss_of,
         measure,
-        steps=images // BATCH,
+        steps=steps,
         checkpoint=folder / READING_CHECKPOINT,
         name="Reading",
         decay=0.6,
@@ -237,14 +241,15 @@ def load_reader(folder: Path) -> Reader:
 
 @torch.no_grad()
 def look_at_handwriting(reader: Reader, lexicon: Lexicon, seed: int, batches: int = HANDWRITING_BATCHES) -> Handwriting:
-    """What a trained reader writes at the word patches of fresh training pictures."""
-    maker, letters = SceneMaker(lexicon), letter_table(lexicon)
+    """What a trained reader, on whatever device, writes at the word patches of fresh training pictures; on the CPU."""
+    maker, letters, device = SceneMaker(lexicon), letter_table(lexicon), reader.book.device.type
     found: list[tuple[Tensor, Tensor, Tensor]] = []
+    drawn = Ahead(lambda step: make_batch(maker, (seed, 6, step), kind=None if step % 4 else "text"), batches, device)
     for step in range(batches):
-        pixels, labels = make_batch(maker, (seed, 6, step), kind=None if step % 4 else "text")
-        with torch.autocast("cpu", torch.bfloat16):
-            _, states, _ = reader.read(pixels)
+        pixels, labels = drawn(step)
+        with torch.autocast(device, torch.bfloat16):
+            _, states, _ = reader.read(pixels.to(device))
         here = labels["word"] >= 0
-        found.append((states[here].float(), labels["word"][here], labels["part"][here]))
+        found.append((states.cpu()[here].float(), labels["word"][here], labels["part"][here]))
     states, words, part = (torch.cat(values) for values in zip(*found, strict=True))
-    return Handwriting.of(reader.book, states, words, part, letters)
+    return Handwriting.of(reader.book.cpu(), states, words, part, letters)
