@@ -195,9 +195,12 @@ def instruct(
 def tower_features(joint: Joint) -> Features:
     """What the trained tower and projector say for pictures."""
 
+    device = joint.reader.book.device.type
+    mixed = fast_dtype(device) == torch.bfloat16
+
     def features(scenes: list[Scene]) -> Tensor:
-        pixels = to_pixels(np.stack([scene.pixels for scene in scenes])).to(joint.reader.book.device)
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        pixels = to_pixels(np.stack([scene.pixels for scene in scenes])).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=mixed):
             said: Tensor = joint(pixels)[2]
         return said.float()
 

@@ -21,6 +21,7 @@ from safety.mini.handwriting import Handwriting
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
 from safety.mini.vision import READING_BLOCKS, Reader, build_tower, letter_table, pick, reading_rates, to_pixels
+from safety.quantize import fast_dtype
 
 BATCH = 32
 SPOTS = 320  # word patches that a step learns from
@@ -127,6 +128,7 @@ def train_loop(
     parameters = [parameter for group in groups for parameter in group["params"]]
     start = 0
     device = next(model.parameters()).device.type
+    mixed = fast_dtype(device) == torch.bfloat16  # a CPU without bf16 instructions is seventy times slower in it
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state.get("seed", seed) != seed:
@@ -143,7 +145,7 @@ def train_loop(
             for group, peak in zip(groups, peaks, strict=True):
                 group["lr"] = peak * rate_at(step, steps, decay)
             torch.manual_seed(step)  # a resumed run draws what an unbroken one would have drawn
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=mixed):
                 losses = loss_of(step)
                 total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
@@ -155,7 +157,7 @@ def train_loop(
                 optimiser.zero_grad(set_to_none=True)
             done = step + 1
             if done % measure_every == 0 or done == steps:
-                with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=mixed):
                     rates = measure()
                 shown = {key: round(value.item(), 3) for key, value in losses.items()}
                 bar.write(f"{name} step {done} losses {shown} rates { {k: round(v, 3) for k, v in rates.items()} }")
@@ -245,9 +247,10 @@ def look_at_handwriting(reader: Reader, lexicon: Lexicon, seed: int, batches: in
     maker, letters, device = SceneMaker(lexicon), letter_table(lexicon), reader.book.device.type
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     drawn = Ahead(lambda step: make_batch(maker, (seed, 6, step), kind=None if step % 4 else "text"), batches, device)
+    mixed = fast_dtype(device) == torch.bfloat16
     for step in range(batches):
         pixels, labels = drawn(step)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=mixed):
             _, states, _ = reader.read(pixels.to(device))
         here = labels["word"] >= 0
         found.append((states.cpu()[here].float(), labels["word"][here], labels["part"][here]))
