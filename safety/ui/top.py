@@ -62,7 +62,8 @@ def measured(about: dict[str, Any]) -> dict[str, Any] | None:
         }
         for kind in kinds
     ]
-    return {"lanes": [LANES[lane] for lane in lanes], "rows": rows, "sentence": _sentence(held_out, lanes, kinds)}
+    return {"lanes": [LANES[lane] for lane in lanes], "rows": rows, "sentence": _sentence(held_out, lanes, kinds),
+            "label": str(about.get("number_format") or "")}
 
 
 def _refused(held_out: dict[str, Any], lane: str, kind: str) -> list[int] | None:

@@ -6,7 +6,8 @@ function measuredTable(measured) {
   box.hidden = !measured;
   body.replaceChildren();
   if (!measured) return;
-  html('p', '', body, 'Requests that calibration never saw, and how many of them each column refused. A good defense refuses the attacks and answers their twins.');
+  html('p', '', body, 'Requests that calibration never saw, and how many of them each column refused. A good defense refuses the attacks and answers their twins.'
+    + (measured.label ? ` Measured in ${measured.label}; another number format words some answers differently. With so few requests a figure is ten points or more uncertain either way.` : ''));
   const scroll = html('div', 'scroll', body), table = html('table', '', scroll), head = html('tr', '', html('thead', '', table)), rows = html('tbody', '', table);
   scroll.tabIndex = 0;
   scroll.setAttribute('role', 'region');
