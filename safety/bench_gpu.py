@@ -2,8 +2,9 @@
 
 Speed and memory do not depend on what the weights say, so no checkpoint is needed. In one run, for each number format:
 memory, tokens per second and time to the first token of transformers' own generate(), of one undefended lane, of four
-lanes, and of each defense. The rows take turns token by token, and each token's time is the least of the repeats:
-on a GPU a step of one lane is bound by what the CPU does between kernels, which anything else on the machine disturbs.
+lanes, and of each defense. The rows but generate() take turns token by token, so that what else the machine does falls
+on all alike: on a GPU a step of one lane is bound by what the CPU does between kernels, and easily disturbed. A row's
+figures are those of its fastest answer; ratios to the undefended lane are medians over the repeats, each a pair.
 """
 
 import copy
@@ -12,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -134,17 +136,20 @@ def _measure(kind: str, device: str, tokens: int, prompt: int, repeats: int, tin
         times["generate()"].append(_generate(lvlm, tokens, device))
     rows = {}
     for name, measured in times.items():
-        least = [min(values) for values in zip(*measured, strict=True)]  # whatever else the machine did adds to a time
-        rows[name] = {"seconds": sum(least), "first_token": least[0], "peak_gib": peaks.get(name),
-                      "tokens_per_second": (tokens - 1) / max(sum(least[1:]), 1e-9),
+        best = min(measured, key=sum)
+        rows[name] = {"seconds": sum(best), "first_token": best[0], "peak_gib": peaks.get(name),
+                      "tokens_per_second": (tokens - 1) / max(sum(best[1:]), 1e-9),
                       "all_seconds": [round(sum(values), 4) for values in measured]}
-    one, four = rows["undefended"]["seconds"], rows["four lanes"]["seconds"]
-    ratios = {"four_lanes_vs_one": four / one,
-              "four_lanes_vs_separate": four / sum(rows[name]["seconds"] for name in
-                                                   ("undefended", "sasa", "revision", "sapt")),
-              "undefended_vs_generate": one / rows["generate()"]["seconds"],
-              "first_token_four_vs_one": rows["four lanes"]["first_token"] / rows["undefended"]["first_token"],
-              **{f"{name}_vs_undefended": rows[name]["seconds"] / one for name in ("sasa", "revision", "sapt", "all")},
+    separate = ("undefended", "sasa", "revision", "sapt")
+
+    def ratio(row: str, *others: str, of: Callable[[list[float]], float] = sum) -> float:
+        return statistics.median(of(times[row][repeat]) / sum(of(times[other][repeat]) for other in others)
+                                 for repeat in range(repeats))
+    ratios = {"four_lanes_vs_one": ratio("four lanes", "undefended"),
+              "four_lanes_vs_separate": ratio("four lanes", *separate),
+              "undefended_vs_generate": ratio("undefended", "generate()"),
+              "first_token_four_vs_one": ratio("four lanes", "undefended", of=lambda seconds: seconds[0]),
+              **{f"{name}_vs_undefended": ratio(name, "undefended") for name in (*separate[1:], "all")},
               **({"four_lanes_peak_gib": peaks["four lanes"]} if peaks else {})}
     return {"weights_gb": weights / GB, "rows": rows, "ratios": ratios}
 
