@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="length of the answers (default %(default)s)")
     parser.add_argument("--batch", type=count, default=run.BATCH,
                         help="requests answered at once, in all lanes (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which samples of a benchmark are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="which samples of a file or benchmark --limit draws")
     parser.add_argument("--judge", default="safety.refusal",
                         help="what counts as a refusal: safety.refusal (default), or 'AdvBench prefixes' or 'garak "
                              "mitigation' if garak is installed; answers on disk are judged again, not given again")
@@ -116,6 +116,7 @@ def evaluate(load: Callable[[], LVLM], arguments: argparse.Namespace) -> int:
                      "batch": arguments.batch, "decoding": "greedy"},
         "judge": {"name": arguments.judge, "agreement": judges.known_agreement(), "model": arguments.model_judge},
         "date": datetime.now(UTC).date().isoformat(),
+        "left_out": sorted({suite for suite, _, _ in read_records(arguments.out)} - set(samples)),
         **summarise(records, samples, arms, judge)}
     agreement = (summary["judge"]["agreement"] or {"judges": {}})["judges"].get(arguments.judge, {})
     for lanes in [*summary["suites"].values(), *summary["pooled"].values()]:
@@ -128,10 +129,9 @@ def evaluate(load: Callable[[], LVLM], arguments: argparse.Namespace) -> int:
     else:
         print((arguments.out / MARKDOWN).read_text(encoding="utf-8"))
     print(f"Saved to {arguments.out}.", file=sys.stderr)
-    others = sorted({suite for suite, _, _ in read_records(arguments.out)} - set(samples))
-    if others:
-        print(f"The folder also holds answers to {', '.join(others)}, which this report leaves out: it is about the "
-              "suites of this command alone. Name them too to have them in it.", file=sys.stderr)
+    if summary["left_out"]:
+        print(f"The folder also holds answers to {', '.join(summary['left_out'])}, which this report leaves out: it is "
+              "about the suites of this command alone. Name them too to have them in it.", file=sys.stderr)
     return 0
 
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from safety.evaluate.statistics import auroc_interval
 
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+FEWEST = 10  # answers of each label that an interval of an AUROC needs
 MARKS = "osD^vPX*"
 Summary = Mapping[str, Any]
 
@@ -37,9 +38,12 @@ def figures(summary: Summary) -> list[tuple[str, str]]:
 
 
 def auroc(curve: Mapping[str, Any], kind: str) -> str:
-    """An AUROC for people, "0.91 (0.86–0.96)"; without an interval for single tokens, which are not independent."""
+    """An AUROC for people, "0.91 (0.86–0.96)"; without an interval for single tokens, which are not independent, and
+    with words where there are too few answers of a label for one."""
     if kind == "trace token":
         return f"{curve['auroc']:.2f}"
+    if min(curve["harmful"], curve["n"] - curve["harmful"]) < FEWEST:
+        return f"{curve['auroc']:.2f} (too few for an interval)"
     low, high = auroc_interval(curve["auroc"], curve["harmful"], curve["n"] - curve["harmful"])
     return f"{curve['auroc']:.2f} ({low:.2f}–{high:.2f})"
 

@@ -210,9 +210,13 @@ def suite(name: str, folder: Path, limit: int | None, seed: int = 0) -> tuple[st
         requests = benchmarks.read(source, limit, seed)
         folder.mkdir(parents=True, exist_ok=True)
         samples = _typeset(title(name), source, requests, folder)
-        return f"read from {source}, typeset in FigStep's layout", samples
+        return f"{_read_from(source, limit, seed)}, typeset in FigStep's layout", samples
     if ":" not in name and not Path(name).suffix:
         raise UserError(f"There is no suite {name!r}. Choose from {', '.join((*SETS, *SUITES))}, a .jsonl file, "
                         "typeset:FILE.jsonl, or a benchmark such as figstep:DIR "
                         f"({', '.join(sorted(benchmarks.LOADERS))}).")
-    return f"read from {name}", benchmarks.read(name, limit, seed)
+    return _read_from(name, limit, seed), benchmarks.read(name, limit, seed)
+
+
+def _read_from(source: str, limit: int | None, seed: int) -> str:
+    return f"read from {source}" + (f", at most {limit} of its samples, drawn with seed {seed}" if limit else "")
