@@ -63,7 +63,10 @@ def test_a_folder_loads_in_every_format_and_all_defenses_act_on_it(saved, quanti
     assert type(lvlm.attention_output(3)).__name__ == kinds[quantization]
     found = answers(lvlm)
     texts = {name: answer.text for name, answer in found.items()}
-    assert texts["gate"] == texts["weak"] == texts["none"]  # passed, and zero strength
+    assert texts["gate"] == texts["none"]  # passed
+    if quantization == "none" or lvlm.device.type == "cpu":
+        # Zero strength. The projection's blocks run for one row: in fewer bits, GPU kernels differ for one row and six.
+        assert texts["weak"] == texts["none"]
     assert found["gate"].events[0].type == "gate" and 0 <= found["gate"].events[0].probability <= 1
     assert len({texts["none"], texts["sasa"], texts["heads"], texts["sapt"]}) == 4  # heads: o_proj hooks take effect
     assert any(event.type == "injection" for event in found["sapt"].events)
