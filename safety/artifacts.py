@@ -77,19 +77,15 @@ class Artifacts:
             if getattr(lane, part) is not None and getattr(self, part) is None:
                 raise UserError(f"Lane {lane.name!r} uses {part}, for which this model has no artifacts. "
                                 "Calibrate it first: python -m safety calibrate.")
+        lane.check(blocks)
         if lane.sasa is not None and self.sasa is not None:
-            lane.sasa.check(blocks)
             pair = (lane.sasa.safety_layer, lane.sasa.fused_layer)
             if lane.sasa.mode == "gate" and pair not in self.sasa.probes:
                 raise UserError(f"SASA has no probe for the layers {pair[0]} and {pair[1]}. Choose one of "
                                 f"{', '.join(f'{s} and {f}' for s, f in self.sasa.pairs)}, or the mode \"project\".")
-        if lane.revision is not None:
-            lane.revision.check(blocks)
-        if lane.sapt is not None and self.sapt is not None:
-            lane.sapt.check()
-            if lane.sapt.detector not in self.sapt.detectors:
-                raise UserError(f"SAPT has no {lane.sapt.detector!r} detector here; it has "
-                                f"{', '.join(sorted(self.sapt.detectors))}.")
+        if lane.sapt is not None and self.sapt is not None and lane.sapt.detector not in self.sapt.detectors:
+            raise UserError(f"SAPT has no {lane.sapt.detector!r} detector here; it has "
+                            f"{', '.join(sorted(self.sapt.detectors))}.")
 
 
 def fingerprint(lvlm: LVLM) -> dict[str, Any]:

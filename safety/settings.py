@@ -137,6 +137,15 @@ class Lane:
     revision: Revision | None = None
     sapt: Sapt | None = None
 
+    def check(self, blocks: int) -> None:
+        """Raise UserError unless the defenses' values fit a decoder of `blocks` blocks."""
+        if self.sasa is not None:
+            self.sasa.check(blocks)
+        if self.revision is not None:
+            self.revision.check(blocks)
+        if self.sapt is not None:
+            self.sapt.check()
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -115,13 +115,8 @@ def parse_arms(spec: str, artifacts: Callable[[str | None], Artifacts], baseline
                             f"or the artifacts. Choose from {', '.join(parts)} and stacks of them.")
         raise UserError(f"There is no lane part {part!r}. Choose from {', '.join(parts)}, or a set: {', '.join(sets)}.")
     arms = [_arm(name, artifacts) for name in names]
-    for lane in (arm.lane for arm in arms):  # blocks are counted when the model is there
-        if lane.sasa:
-            lane.sasa.check(DEEPEST)
-        if lane.revision:
-            lane.revision.check(DEEPEST)
-        if lane.sapt:
-            lane.sapt.check()
+    for arm in arms:
+        arm.lane.check(DEEPEST)
     return arms
 
 
