@@ -302,7 +302,7 @@ def test_alignment_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(align, "load_base_lm", load)
     monkeypatch.setattr(align, "fast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(align, "load_tokenizer", StubTokenizer)
-    monkeypatch.setattr(align, "answer_all", lambda model, tokenizer, prompts, path: {p: "Yes." for p, _ in prompts})
+    monkeypatch.setattr(align, "answer_all", lambda model, tokenizer, prompts, *_: {p: "Yes." for p, _ in prompts})
     settings = align.AlignSettings(steps=4, batch_size=4, warmup=1, save_every=2)
     whole = load_file(align.align(tmp_path / "whole", settings=settings))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "align.log").read_text().splitlines()]

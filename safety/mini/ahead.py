@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
 Made = TypeVar("Made")
 
 
-class Ahead(Dataset[Made], Generic[Made]):
+class Ahead(Dataset[Made]):
     """Calls ``make(step)`` for step after step, and on a GPU well before the steps are asked for.
 
     Drawing 32 pictures takes longer than a GPU takes to learn from them. On the CPU, where the training needs every

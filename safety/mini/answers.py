@@ -96,14 +96,12 @@ def read_answers(path: Path) -> dict[str, tuple[bool, str]]:
 
 
 def answer_all(
-    model: Any, tokenizer: Any, prompts: Iterable[tuple[str, bool]], path: Path, batch_size: int | None = None
+    model: Any, tokenizer: Any, prompts: Iterable[tuple[str, bool]], path: Path, batch_size: int = 64
 ) -> dict[str, str]:
     """Answer every (prompt, numbered) pair that the cache does not hold yet; return usable answers by prompt.
 
-    Resumable: each batch is appended to ``path`` as soon as it is done. Batches hold prompts of similar length, 64 of
-    them on a CPU and 512 on a GPU, which answers both numbers in the same time.
+    Resumable: each batch is appended to ``path`` as soon as it is done. Batches hold prompts of similar length.
     """
-    batch_size = batch_size or (512 if model is not None and model.device.type == "cuda" else 64)
     path.parent.mkdir(parents=True, exist_ok=True)
     cached = read_answers(path)
     todo = [(prompt, numbered) for prompt, numbered in dict(prompts).items() if prompt not in cached]

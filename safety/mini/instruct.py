@@ -27,7 +27,7 @@ from safety.mini.packing import TURNS, pack, packed_loss
 from safety.mini.scenes import Scene, SceneMaker
 from safety.mini.symbols import SHAPES, SYMBOLS
 from safety.mini.tasks import Turn
-from safety.mini.train_vision import adamw, train_loop
+from safety.mini.train_vision import adamw, mixed_precision, train_loop
 from safety.mini.vision import to_pixels
 from safety.quantize import fast_dtype
 
@@ -196,11 +196,11 @@ def tower_features(joint: Joint) -> Features:
     """What the trained tower and projector say for pictures."""
 
     device = joint.reader.book.device.type
-    mixed = fast_dtype(device) == torch.bfloat16
+    mixed = mixed_precision(device)
 
     def features(scenes: list[Scene]) -> Tensor:
         pixels = to_pixels(np.stack([scene.pixels for scene in scenes])).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        with mixed():
             said: Tensor = joint(pixels)[2]
         return said.float()
 

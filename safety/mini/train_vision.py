@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def rate_at(step: int, steps: int, decay: float) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, fall))
 
 
+def mixed_precision(device: str) -> Callable[[], torch.autocast]:
+    """Makes contexts for computing in bfloat16 where that is fast; else they do nothing: a CPU without bf16
+    instructions is seventy times slower in it. It measures, so ask once."""
+    return partial(torch.autocast, device, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint in one move, so that a kill leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +135,7 @@ def train_loop(
     parameters = [parameter for group in groups for parameter in group["params"]]
     start = 0
     device = next(model.parameters()).device.type
-    mixed = fast_dtype(device) == torch.bfloat16  # a CPU without bf16 instructions is seventy times slower in it
+    mixed = mixed_precision(device)
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state.get("seed", seed) != seed:
@@ -145,7 +152,7 @@ def train_loop(
             for group, peak in zip(groups, peaks, strict=True):
                 group["lr"] = peak * rate_at(step, steps, decay)
             torch.manual_seed(step)  # a resumed run draws what an unbroken one would have drawn
-            with torch.autocast(device, torch.bfloat16, enabled=mixed):
+            with mixed():
                 losses = loss_of(step)
                 total = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(total):
@@ -157,7 +164,7 @@ def train_loop(
                 optimiser.zero_grad(set_to_none=True)
             done = step + 1
             if done % measure_every == 0 or done == steps:
-                with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=mixed):
+                with torch.no_grad(), mixed():
                     rates = measure()
                 shown = {key: round(value.item(), 3) for key, value in losses.items()}
                 bar.write(f"{name} step {done} losses {shown} rates { {k: round(v, 3) for k, v in rates.items()} }")
@@ -247,10 +254,10 @@ def look_at_handwriting(reader: Reader, lexicon: Lexicon, seed: int, batches: in
     maker, letters, device = SceneMaker(lexicon), letter_table(lexicon), reader.book.device.type
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     drawn = Ahead(lambda step: make_batch(maker, (seed, 6, step), kind=None if step % 4 else "text"), batches, device)
-    mixed = fast_dtype(device) == torch.bfloat16
+    mixed = mixed_precision(device)
     for step in range(batches):
         pixels, labels = drawn(step)
-        with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        with mixed():
             _, states, _ = reader.read(pixels.to(device))
         here = labels["word"] >= 0
         found.append((states.cpu()[here].float(), labels["word"][here], labels["part"][here]))
