@@ -69,6 +69,14 @@ def run(repeats: int, out: Path, tiny: bool = False, formats: Sequence[str] = FO
     if not tiny and not torch.cuda.is_available():
         raise UserError("The full-size benchmark needs a CUDA GPU with 24 GB; --tiny tries it out without one.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+        "model": "tiny LLaVA" if tiny else "LLaVA-1.5-7B, random weights", "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m safety bench --gpu" + (" --tiny" if tiny else "") + f" --repeats {repeats}",
+        "new_tokens": tokens, "prompt_tokens": prompt, "repeats": repeats, "versions": {"torch": torch.__version__, **{
+            package: importlib.metadata.version(package) for package in ("transformers", "bitsandbytes")
+            if importlib.util.find_spec(package)}},
+    }
     results: dict[str, Any] = {}
     targets: dict[str, Any] = {}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,19 +87,8 @@ def run(repeats: int, out: Path, tiny: bool = False, formats: Sequence[str] = FO
             results[name] = _measure(name, device, tokens, prompt, repeats, tiny)
             gc.collect()
             torch.cuda.empty_cache()
-        targets = {target: {"what": f"{what}, {kind}", "target": limit, "measured": value, "met": value <= limit}
-                   for target, (kind, limit, what) in TARGETS.items()
-                   if (value := results.get(kind, {}).get("ratios", {}).get(target)) is not None}
-        report = {
-            "machine": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
-            "model": "tiny LLaVA" if tiny else "LLaVA-1.5-7B, random weights", "date": time.strftime("%Y-%m-%d"),
-            "command": "python -m safety bench --gpu" + (" --tiny" if tiny else "") + f" --repeats {repeats}",
-            "new_tokens": tokens, "prompt_tokens": prompt, "repeats": repeats,
-            "versions": {"torch": torch.__version__, **{package: importlib.metadata.version(package)
-                                                        for package in ("transformers", "bitsandbytes")
-                                                        if importlib.util.find_spec(package)}},
-            "formats": results, "targets": targets,
-        }
+        targets = _targets(results)
+        report = about | {"formats": results, "targets": targets}
         out.write_text(json.dumps(report, indent=2) + "\n")  # after each format: what is measured is kept
     for kind, found in results.items():
         print(kind, found.get("not_measured", ""))
@@ -104,6 +101,13 @@ def run(repeats: int, out: Path, tiny: bool = False, formats: Sequence[str] = FO
     return 0
 
 
+def _targets(results: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of TARGETS, and whether it was met."""
+    return {name: {"what": f"{what}, {kind}", "target": limit, "measured": value, "met": value <= limit}
+            for name, (kind, limit, what) in TARGETS.items()
+            if (value := results.get(kind, {}).get("ratios", {}).get(name)) is not None}
+
+
 def _measure(kind: str, device: str, tokens: int, prompt: int, repeats: int, tiny: bool) -> dict[str, Any]:
     lvlm = _build(kind, device, prompt, tiny)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -114,7 +118,8 @@ def _measure(kind: str, device: str, tokens: int, prompt: int, repeats: int, tin
     lanes = {"undefended": [Lane("none")], "sasa": [Lane("sasa", sasa=sasa)],
              "revision": [Lane("revision", revision=revision)], "sapt": [Lane("sapt", sapt=sapt)],
              "all": [Lane("all", sasa, revision, sapt)]}
-    lanes["four lanes"] = [lane for name in ("undefended", "sasa", "revision", "sapt") for lane in lanes[name]]
+    separate = ("undefended", "sasa", "revision", "sapt")
+    lanes["four lanes"] = [lane for name in separate for lane in lanes[name]]
     peaks: dict[str, float] = {}  # measured in a first, short round, which also warms up
 
     def alone(name: str, call: Callable[[], object]) -> None:
@@ -140,7 +145,6 @@ def _measure(kind: str, device: str, tokens: int, prompt: int, repeats: int, tin
         rows[name] = {"seconds": sum(best), "first_token": best[0], "peak_gib": peaks.get(name),
                       "tokens_per_second": (tokens - 1) / max(sum(best[1:]), 1e-9),
                       "all_seconds": [round(sum(values), 4) for values in measured]}
-    separate = ("undefended", "sasa", "revision", "sapt")
 
     def ratio(row: str, *others: str, of: Callable[[list[float]], float] = sum) -> float:
         return statistics.median(of(times[row][repeat]) / sum(of(times[other][repeat]) for other in others)
