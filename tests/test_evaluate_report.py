@@ -15,7 +15,7 @@ from safety.errors import UserError
 from safety.evaluate import command
 from safety.evaluate.arms import parse_arms
 from safety.evaluate.inspect_log import scored_answers, shown
-from safety.evaluate.report import percent, reduction, write_report
+from safety.evaluate.report import difference, headline, percent, reduction, write_report
 from safety.evaluate.summary import scores, shown_before, summarise
 from safety.samples import Sample
 
@@ -136,6 +136,26 @@ def test_a_reduction_of_a_handful_of_attacks_is_not_given_as_a_share(tmp_path):
     write_report(tmp_path)
     assert "| suite | sasa | too few: 3 of 3 succeed without |" in (tmp_path / "report.md").read_text()
     assert reduction({"before": 5, "n": 9, "reduction": 0.4, "low": 0.1, "high": 0.6}) == "40 % (10 to 60)"
+
+
+def test_what_a_defense_costs_is_a_paired_difference(tmp_path):
+    """Of ten benign requests the second lane refuses two more; of the right words it loses a quarter."""
+    samples = [Sample(str(i), f"p{i}", "safe", f"s{i}", expected=("red", "blue") if i > 9 else ()) for i in range(20)]
+    answers = {"none": ["Red and blue things."] * 20, "sasa": ["I'm sorry, but I can't."] * 2
+               + ["Red and blue things."] * 13 + ["Red things."] * 5}
+    records = {("suite", str(i), arm): made([text], "safe", number=i, arm=arm, expected=samples[i].expected)
+               | {"image": False} for arm, texts in answers.items() for i, text in enumerate(texts)}
+    summary = summarise(records, {"suite": samples}, parse_arms("none,sasa",
+                                                                lambda folder: random_artifacts(tiny_llava())))
+    found = {(row["suite"], row["measure"]): row for row in summary["differences"]}
+    refused, known = found["benign requests", "over_refusal"], found["known answers", "utility"]
+    assert (refused["mean"], refused["changed"], refused["n"]) == (0.2, 2, 10) and refused["low"] <= 0.2
+    assert (known["mean"], known["changed"]) == (-0.25, 5) and known["low"] < -0.25 < known["high"]
+    titles, rows = headline(summary | {"lanes": {"none": "", "sasa": ""}, "judge": {"name": "", "agreement": None}})
+    assert rows[1][1 + titles.index("more refused")].startswith("+20 points (")
+    assert rows[1][1 + titles.index("more right words")].startswith("-25 points (")
+    assert rows[0][1 + titles.index("more refused")] == "–"
+    assert difference({"mean": 0.0, "low": 0.0, "high": 0.0, "n": 9, "changed": 0}) == "none of 9 differ"
 
 
 class Tags(HTMLParser):

@@ -50,13 +50,31 @@ def test_graded_scores_are_tested_by_their_signs():
         "up": 3, "down": 0, "p": pytest.approx(0.25), "n": 4}
 
 
-def test_auroc_interval_covers_what_repeated_draws_give():
+def drawn_readings(rng, requests, times):
+    """Scores, labels and requests: each request asked so many times, with nearly the same score."""
+    of_request = np.concatenate([rng.normal(1.5, 1, requests), rng.normal(0, 1, requests)])
+    scores = np.repeat(of_request, times) + rng.normal(0, 0.1, 2 * requests * times)
+    labels = np.repeat([1, 0], requests * times)
+    return scores, labels, [str(i // times) for i in range(len(scores))]
+
+
+@pytest.mark.parametrize("times", (1, 6))
+def test_auroc_interval_covers_what_repeated_draws_give(times):
     rng = np.random.default_rng(0)
-    areas = [roc_auc_score([1] * 40 + [0] * 60, np.concatenate([rng.normal(1.5, 1, 40), rng.normal(0, 1, 60)]))
-             for _ in range(2000)]
-    low, high = auroc_interval(float(np.mean(areas)), 40, 60)
-    assert (high - low) / 2 == pytest.approx(1.96 * np.std(areas), rel=0.15)  # a little wide
-    assert auroc_interval(1.0, 3, 4) == (1.0, 1.0) and auroc_interval(0.5, 2, 2) == (0.0, 1.0)
+    draws = [drawn_readings(rng, 40, times) for _ in range(600)]
+    spread = 1.96 * np.std([roc_auc_score(labels, scores) for scores, labels, _ in draws])
+    halves = [(high - low) / 2 for low, high in (auroc_interval(*draw) for draw in draws[:100])]
+    assert np.mean(halves) == pytest.approx(spread, rel=0.1)
+
+
+def test_auroc_interval_is_delongs_where_no_request_repeats():
+    scores, labels = [0.9, 0.8, 0.4, 0.6, 0.4, 0.1], [1, 1, 1, 0, 0, 0]
+    wins = np.array([[float(p > q) + 0.5 * (p == q) for q in scores[3:]] for p in scores[:3]])
+    area = wins.mean()
+    shares = [*((wins.mean(1) - area) / 3), *((wins.mean(0) - area) / 3)]
+    half = 1.959963984540054 * math.sqrt(6 / 5 * sum(share ** 2 for share in shares))
+    assert auroc_interval(scores, labels, list("abcdef")) == (pytest.approx(area - half), min(1.0, area + half))
+    assert auroc_interval([3, 4, 1, 2], [1, 1, 0, 0], list("abcd")) == (1.0, 1.0)
 
 
 def test_rates_count_repeated_requests_for_less():
@@ -115,8 +133,16 @@ def test_relative_reduction():
 
 
 def test_detector_curve_of_a_perfect_and_a_useless_detector():
-    perfect = curve([(0.9, 1), (0.8, 1), (0.2, 0), (0.15, 0)])
+    perfect = curve([(0.9, 1, "a"), (0.8, 1, "b"), (0.2, 0, "c"), (0.15, 0, "d")])
     assert perfect["auroc"] == 1.0
     assert [(b["predicted"], b["observed"], b["n"]) for b in perfect["calibration"]] == [
         (0.15, 0.0, 1), (0.2, 0.0, 1), (0.8, 1.0, 1), (0.9, 1.0, 1)]
-    assert curve([(0.5, 1), (0.5, 0)])["auroc"] == 0.5
+    assert curve([(0.5, 1, "a"), (0.5, 0, "b")])["auroc"] == 0.5
+
+
+def test_a_detector_gets_an_interval_from_ten_requests_of_each_label_on():
+    few = [(0.1 * (i % 7) + 0.2 * label, label, f"{label} {i % 9}") for label in (0, 1) for i in range(30)]
+    assert curve(few)["low"] is None and curve(few)["requests"] == 18
+    enough = [*few, (0.1, 0, "one more"), (0.9, 1, "and one more")]
+    found = curve(enough)
+    assert found["low"] < found["auroc"] < found["high"]

@@ -10,10 +10,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from safety.evaluate.statistics import auroc_interval
-
 COLOURS = ("#4d4d4d", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-FEWEST = 10  # answers of each label that an interval of an AUROC needs
 MARKS = "osD^vPX*"
 Summary = Mapping[str, Any]
 
@@ -37,15 +34,10 @@ def figures(summary: Summary) -> list[tuple[str, str]]:
     return [(caption, svg) for caption, svg in made if svg]
 
 
-def auroc(curve: Mapping[str, Any], kind: str) -> str:
-    """An AUROC for people, "0.91 (0.86–0.96)"; without an interval for single tokens, which are not independent, and
-    with words where there are too few answers of a label for one."""
-    if kind == "trace token":
-        return f"{curve['auroc']:.2f}"
-    if min(curve["harmful"], curve["n"] - curve["harmful"]) < FEWEST:
-        return f"{curve['auroc']:.2f} (too few for an interval)"
-    low, high = auroc_interval(curve["auroc"], curve["harmful"], curve["n"] - curve["harmful"])
-    return f"{curve['auroc']:.2f} ({low:.2f}–{high:.2f})"
+def auroc(curve: Mapping[str, Any]) -> str:
+    """An AUROC for people, "0.91 (0.86–0.96)"; words where there are too few requests of a label for an interval."""
+    interval = "too few for an interval" if curve["low"] is None else f"{curve['low']:.2f}–{curve['high']:.2f}"
+    return f"{curve['auroc']:.2f} ({interval})"
 
 
 def _draw(size: tuple[float, float], paint: Callable[[Axes], None]) -> str:
@@ -120,7 +112,7 @@ def _detectors(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:
     for arm, curves in summary["detectors"].items():
         for kind, curve in curves.items():
             if kind not in found:
-                found[kind] = (f"{names[kind]} ({arm}): AUROC {auroc(curve, kind)}, n = {curve['n']}", curve)
+                found[kind] = (f"{names[kind]} ({arm}): AUROC {auroc(curve)}, n = {curve['n']}", curve)
     return list(found.values())
 
 

@@ -50,6 +50,17 @@ def reduction(row: Mapping[str, Any] | None) -> str:
     return f"{100 * row['reduction']:.0f} %{interval}"
 
 
+def difference(row: Mapping[str, Any] | None) -> str:
+    """A paired difference of rates with its interval for people: "+3 points (-1 to 8)"; a dash where there is none, and
+    words where no answer changed: a bootstrap would be certain of that."""
+    if row is None:
+        return "–"
+    if not row["changed"]:
+        return f"none of {row['n']} differ"
+    interval = "" if row["low"] is None else f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+    return f"{100 * row['mean']:+.0f} points{interval}"
+
+
 def small(p: float) -> str:
     """A p-value for people."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -78,22 +89,26 @@ def headline(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
               ("benign requests", "over_refusal", f"benign requests refused ({judged})"),
               ("known answers", "utility", "right words where the answer is known")]
     wanted = [column for column in wanted if column[0] in summary["pooled"]]
-    reduced = {row["lane"]: row for row in summary["reductions"] if row["suite"] == "picture attacks"}
-    titles = [title for _, _, title in wanted]
-    rows = [[lane, *(percent(summary["pooled"][group][lane][measure]) for group, measure, _ in wanted)]
-            for lane in summary["lanes"]]
-    if reduced:
-        titles.insert(1, "reduced by")
-        for row in rows:
-            row.insert(2, reduction(reduced.get(row[0])))
-    return titles, rows
+    changed = [("picture attacks", "attack_success", "reduced by", reduction, summary["reductions"]),
+               ("benign requests", "over_refusal", "more refused", difference, summary["differences"]),
+               ("known answers", "utility", "more right words", difference, summary["differences"])]
+    columns: list[tuple[str, list[str]]] = []
+    for group, measure, title in wanted:
+        columns.append((title, [percent(summary["pooled"][group][lane][measure]) for lane in summary["lanes"]]))
+        for place, of, heading, shown, found in changed:
+            rows = {row["lane"]: row for row in found if (row["suite"], row["measure"]) == (group, of)}
+            if (place, of) == (group, measure) and rows:
+                columns.append((heading, [shown(rows.get(lane)) for lane in summary["lanes"]]))
+    cells = zip(summary["lanes"], *(values for _, values in columns), strict=True)
+    return [title for title, _ in columns], [list(row) for row in cells]
 
 
 def _environment(escape: bool) -> Environment:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=escape,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "quantity": quantity, "reduction": reduction, "auroc": auroc,
-                            "small": small, "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " ")}
+    environment.filters |= {"percent": percent, "quantity": quantity, "reduction": reduction, "difference": difference,
+                            "auroc": auroc, "small": small,
+                            "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " ")}
     return environment
 
 

@@ -94,12 +94,25 @@ def mean_interval(values: Sequence[float], where: Sequence[str]) -> dict[str, An
     return found
 
 
-def auroc_interval(area: float, positive: int, negative: int) -> tuple[float, float]:
-    """95 % interval of an area under a ROC curve over so many independent answers of each label, by the standard error
-    of Hanley and McNeil (Radiology 143, 1982)."""
-    one, two = area / (2 - area), 2 * area * area / (1 + area)
-    variance = area * (1 - area) + (positive - 1) * (one - area * area) + (negative - 1) * (two - area * area)
-    half = float(norm.ppf(0.975)) * (variance / (positive * negative)) ** 0.5
+def auroc_interval(scores: Sequence[float] | np.ndarray, labels: Sequence[int] | np.ndarray,
+                   requests: Sequence[str]) -> tuple[float, float]:
+    """95 % interval of the area under the ROC curve of scores with labels 1 and 0, where answers to one request, or the
+    tokens of one answer, are alike: Obuchowski's standard error (Biometrics 53, 1997), which sums each request's share
+    of DeLong's. Without repeated requests it is DeLong's."""
+    x, y = np.asarray(scores, float), np.asarray(labels) == 1
+    names, index = np.unique(np.asarray(requests, dtype=object).astype(str), return_inverse=True)
+
+    def above(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Of each value: the share of the others that it exceeds, ties counting half."""
+        ordered = np.sort(others)
+        return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2 / len(others)
+
+    found, missed = above(x[y], x[~y]), above(x[~y], x[y])
+    area = float(found.mean())
+    share = np.empty(len(x))
+    share[y], share[~y] = (found - area) / len(found), (1 - missed - area) / len(missed)
+    sums = np.bincount(index, share, len(names))
+    half = float(norm.ppf(0.975)) * (len(names) / (len(names) - 1) * float(sums @ sums)) ** 0.5
     return max(0.0, area - half), min(1.0, area + half)
 
 

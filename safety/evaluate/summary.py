@@ -18,7 +18,15 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from safety.evaluate import judges
 from safety.evaluate.arms import Arm
 from safety.evaluate.records import Key, text_of
-from safety.evaluate.statistics import clustered_rate, clusters, holm, mcnemar, mean_interval, relative_reduction
+from safety.evaluate.statistics import (
+    auroc_interval,
+    clustered_rate,
+    clusters,
+    holm,
+    mcnemar,
+    mean_interval,
+    relative_reduction,
+)
 from safety.mini.abilities import on_topic
 from safety.samples import Sample
 from safety.transcript import Answer
@@ -26,6 +34,7 @@ from safety.transcript import Answer
 Record = Mapping[str, Any]
 GROUPS = ("picture attacks", "text attacks", "benign requests", "known answers")  # suites of one kind, pooled
 EXAMPLES = 2  # transcripts of each suite that the report shows
+FEWEST = 10  # requests of each label that an interval of an AUROC needs
 TESTED = ("attack_success", "on_topic", "over_refusal", "utility", "garbage", "harmful")
 
 
@@ -69,8 +78,9 @@ def summarise(records: Mapping[Key, Record], suites: Mapping[str, Sequence[Sampl
     Returns:
         "suites": {suite: {arm: measures}}; "pooled": {group of GROUPS: {arm: measures}};
         "tests": exact and paired with the first arm, "p_holm" corrected over all suites and arms of one measure;
-        "reductions": of attack success, relative to the first arm; "sweeps": see `_sweep`;
-        "detectors": see `_detectors`; "awareness": where refusals begin; "examples": transcripts for the report.
+        "reductions": of attack success, relative to the first arm; "differences": of over-refusal and utility, each
+        answer less the first arm's; "sweeps": see `_sweep`; "detectors": see `_detectors`; "awareness": where refusals
+        begin; "examples": transcripts for the report.
     """
     names = [arm.name for arm in arms]
     rows, errors = _complete(records, suites, names, refuses)
@@ -85,6 +95,7 @@ def summarise(records: Mapping[Key, Record], suites: Mapping[str, Sequence[Sampl
             measures["errors"] = lost
     tests: list[dict[str, Any]] = []
     reductions: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
     for place, chosen in [*rows.items(), *pools.items()]:
         for name in names[1:]:
             for measure in TESTED:
@@ -98,14 +109,19 @@ def summarise(records: Mapping[Key, Record], suites: Mapping[str, Sequence[Sampl
                 about = {"suite": place, "lane": name, "against": names[0], "measure": measure, "n": len(paired)}
                 if place in suites:
                     tests.append(about | mcnemar(x, y, requests))
+                where = clusters(scenarios, requests)
                 if measure == "attack_success":
-                    reductions.append(about | relative_reduction(x, y, clusters(scenarios, requests)))
+                    reductions.append(about | relative_reduction(x, y, where))
+                if measure in ("over_refusal", "utility"):
+                    changes = [after - before for before, after in zip(x, y, strict=True)]
+                    differences.append(about | mean_interval(changes, where) | {"changed": sum(map(bool, changes))})
     for measure in TESTED:
         family = [test for test in tests if test["measure"] == measure]
         for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
             test["p_holm"] = p
     return {"suites": {suite: measured[suite] for suite in suites},
             "pooled": {group: measured[group] for group in pools}, "tests": tests, "reductions": reductions,
+            "differences": differences,
             "sweeps": {arm.name: _sweep(everything[names[0]], everything[arm.name]) for arm in arms
                        if arm.lane.sasa and arm.lane.sasa.mode != "project" and not arm.lane.revision
                        and not arm.lane.sapt and arm.group == arms[0].group
@@ -203,29 +219,34 @@ def _detectors(rows: Sequence[Record], first: bool) -> dict[str, Any]:
     highest probability of an answer and "trace token" that of every token, both of the first arm alone (a defended
     answer is another text): harmful requests that were *complied with*, against benign ones; refused ones are neither.
     """
-    readings: dict[str, list[tuple[float, int]]] = {"gate": [], "check": [], "trace": [], "trace token": []}
+    readings: dict[str, list[tuple[float, int, str]]] = {"gate": [], "check": [], "trace": [], "trace token": []}
     for row in rows:
         harmful = int(row["label"] == "unsafe")
         for kind in ("gate", "check"):
             seen = [event["probability"] for event in row["events"] if event["type"] == kind]
             if seen:
-                readings[kind].append((max(seen), harmful))
+                readings[kind].append((max(seen), harmful, row["request"]))
         harm = [value for value in row["harm"] if value is not None]
         if harm and first and (not harmful or row["scores"]["attack_success"]):
-            readings["trace"].append((max(harm), harmful))
-            readings["trace token"] += [(value, harmful) for value in harm]
-    return {kind: curve(pairs) for kind, pairs in readings.items() if len({label for _, label in pairs}) == 2}
+            readings["trace"].append((max(harm), harmful, row["request"]))
+            readings["trace token"] += [(value, harmful, row["request"]) for value in harm]
+    return {kind: curve(found) for kind, found in readings.items() if len({label for _, label, _ in found}) == 2}
 
 
-def curve(pairs: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """{"auroc", "n", "harmful", "roc": {"false_alarms", "recall", "threshold"}, "calibration": [{"predicted",
-    "observed", "n"}]} of (probability, 1 = harmful) pairs; at most 200 points, ten bins of equal width."""
-    p, y = np.array([value for value, _ in pairs]), np.array([label for _, label in pairs])
+def curve(readings: Sequence[tuple[float, int, str]]) -> dict[str, Any]:
+    """{"auroc", "low", "high", "n", "harmful", "requests", "roc": {"false_alarms", "recall", "threshold"},
+    "calibration": [{"predicted", "observed", "n"}]} of (probability, 1 = harmful, request) readings; at most 200
+    points, ten bins of equal width. No interval where a label has fewer than FEWEST requests."""
+    p, y = np.array([value for value, _, _ in readings]), np.array([label for _, label, _ in readings])
+    requests = [request for _, _, request in readings]
     false_alarms, recall, threshold = roc_curve(y, p)
     kept = np.unique(np.linspace(0, len(recall) - 1, 200).round().astype(int))
     false_alarms, recall, threshold = false_alarms[kept], recall[kept], threshold[kept]
     bins = np.minimum((p * 10).astype(int), 9)
-    return {"auroc": round(float(roc_auc_score(y, p)), 4), "n": len(y), "harmful": int(y.sum()),
+    distinct = [len({request for _, label, request in readings if label == wanted}) for wanted in (0, 1)]
+    low, high = np.round(auroc_interval(p, y, requests), 4).tolist() if min(distinct) >= FEWEST else (None, None)
+    return {"auroc": round(float(roc_auc_score(y, p)), 4), "low": low, "high": high,
+            "n": len(y), "harmful": int(y.sum()), "requests": len(set(requests)),
             "roc": {"false_alarms": np.round(false_alarms, 4).tolist(), "recall": np.round(recall, 4).tolist(),
                     "threshold": [round(min(float(t), 1.0), 4) for t in threshold]},
             "calibration": [{"predicted": round(float(p[bins == b].mean()), 4),
