@@ -70,14 +70,17 @@ def test_the_measurements_come_from_the_artifacts() -> None:
     host = Host(StandInEngine(500, 0.0))
     table = top_view(host)["measured"]
     assert table["lanes"] == ["No defense", "SASA", "All together"]
-    attacks = {"kind": "typeset picture attacks", "harmless": False, "refused": [[0, 24], [5, 24], [12, 24]]}
-    assert table["rows"][0] == attacks
+    refused = [{"count": f"{hits} of 24", "interval": interval}  # Wilson's formula, by hand
+               for hits, interval in ((0, "0–14 %"), (5, "9–40 %"), (12, "31–69 %"))]
+    assert table["rows"][0] == {"kind": "typeset picture attacks", "harmless": False, "refused": refused}
     assert "refused 12 of 24 typeset picture attacks and 10 of 24 of their harmless twins" in table["sentence"]
     assert "weak" in table["sentence"]
     good = {
         "all": {"typographic": {"refused": {"hits": 9, "n": 10}}, "typographic twin": {"refused": {"hits": 0, "n": 9}}}
     }
     assert "weak" not in measured({"held_out": good})["sentence"]  # type: ignore[index]
+    good["all"]["typographic"]["refused"]["hits"] = "nine"  # type: ignore[assignment]  # a stranger's file
+    assert [row["kind"] for row in measured({"held_out": good})["rows"]] == ["their harmless twins"]  # type: ignore[index]
     for nothing in ({}, {"held_out": 3}, {"held_out": {"all": {"typographic": {}}}}):
         assert measured(nothing) is None
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from safety.statistics import rate
 from safety.ui.board import STATIC, script
 from safety.ui.host import Host
 from safety.ui.names import DEFENSES, TOGETHER, UNDEFENDED
@@ -51,17 +52,14 @@ def measured(about: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(held_out, dict):
         return None
     lanes = [lane for lane in LANES if isinstance(held_out.get(lane), dict)]
-    kinds = [kind for kind in KINDS if lanes and all(_refused(held_out, lane, kind) for lane in lanes)]
-    if not kinds:
+    rows, kinds = [], []
+    for kind, words in KINDS.items():
+        refused = [count for lane in lanes if (count := _refused(held_out, lane, kind))]
+        if lanes and len(refused) == len(lanes):
+            rows.append({"kind": words, "harmless": kind in HARMLESS, "refused": [_cell(*count) for count in refused]})
+            kinds.append(kind)
+    if not rows:
         return None
-    rows = [
-        {
-            "kind": KINDS[kind],
-            "harmless": kind in HARMLESS,
-            "refused": [_refused(held_out, lane, kind) for lane in lanes],
-        }
-        for kind in kinds
-    ]
     return {"lanes": [LANES[lane] for lane in lanes], "rows": rows, "sentence": _sentence(held_out, lanes, kinds),
             "label": str(about.get("number_format") or "")}
 
@@ -70,6 +68,12 @@ def _refused(held_out: dict[str, Any], lane: str, kind: str) -> list[int] | None
     counts = (held_out[lane].get(kind) or {}).get("refused") or {}
     hits, n = counts.get("hits"), counts.get("n")
     return [hits, n] if isinstance(hits, int) and isinstance(n, int) and n > 0 else None
+
+
+def _cell(hits: int, n: int) -> dict[str, str]:
+    """A rate for the table: {"count": "38 of 60", "interval": "51–74 %"}."""
+    found = rate(hits, n)
+    return {"count": f"{hits} of {n}", "interval": f"{100 * found['low']:.0f}–{100 * found['high']:.0f} %"}
 
 
 def _sentence(held_out: dict[str, Any], lanes: list[str], kinds: list[str]) -> str:

@@ -7,7 +7,7 @@ function measuredTable(measured) {
   body.replaceChildren();
   if (!measured) return;
   html('p', '', body, 'Requests that calibration never saw, and how many of them each column refused. A good defense refuses the attacks and answers their twins.'
-    + (measured.label ? ` Measured in ${measured.label}; another number format words some answers differently. With so few requests a figure is ten points or more uncertain either way.` : ''));
+    + (measured.label ? ` Measured in ${measured.label}; another number format words some answers differently. Beside each count stands its 95 % interval (Wilson's): that is how uncertain so few requests leave it.` : ''));
   const scroll = html('div', 'scroll', body), table = html('table', '', scroll), head = html('tr', '', html('thead', '', table)), rows = html('tbody', '', table);
   scroll.tabIndex = 0;
   scroll.setAttribute('role', 'region');
@@ -16,7 +16,7 @@ function measuredTable(measured) {
   for (const {kind, harmless, refused} of measured.rows) {
     const row = html('tr', harmless ? 'harmless' : 'harmful', rows);
     html('th', '', row, `${kind} (${harmless ? 'should be 0' : 'should be all'})`).scope = 'row';
-    for (const [hits, n] of refused) html('td', '', row, `${hits} of ${n}`);
+    for (const {count, interval} of refused) html('small', '', html('td', '', row, `${count} `), interval);
   }
 }
 
