@@ -152,7 +152,8 @@ def test_the_summary_says_which_artifacts_it_is_of_and_what_they_had_seen(finish
     assert summary["seen_in_calibration"] == {"own": 1}
     assert "1 requests of the suite own were" in (tmp_path / "out" / "report.md").read_text()
     arm = parse_arms("none", lambda folder: artifacts)[0]
-    assert len({run.answer_key(lvlm, replace(artifacts, about=note), arm, 4, 2) for note in ({}, about)}) == 1
+    one, other = (run.answer_key(lvlm, replace(artifacts, about=note), arm, 4, 2) for note in ({}, about))
+    assert one == other
     save_artifacts(random_artifacts(lvlm, seed=9), lvlm, tmp_path / "other")
     assert command.artifacts_digest(tmp_path / "other") != digest
     assert command.artifacts_digest(tmp_path) is None
@@ -234,8 +235,14 @@ def test_corrected_labels_count_without_answering_again(home, lvlm, tmp_path, mo
     assert summary["examples"][1]["asked"] == "what is meant"
 
 
-@pytest.mark.parametrize("change", ["length", "batch", "artifacts", "sample"])
-def test_answers_of_other_settings_are_refused(finished, home, lvlm, artifacts, tmp_path, change):
+@pytest.mark.parametrize(("change", "words"), [
+    ("length", r"in lane 'none' that was given with another --max-new-tokens \(7, now 8\)\. Choose"),
+    ("batch", r"with another --batch \(3, now 2\)\. Choose"),
+    ("artifacts", r"with another calibration or setting of the lane\. Choose"),
+    ("sample", r"'s1' of suite 'own' in lane 'none' that was given with another prompt or picture\. Choose"),
+    ("version", r"with another model and another number format and .*prompt or picture\. Choose")])
+def test_answers_of_other_settings_are_refused_and_what_differs_is_named(finished, home, lvlm, artifacts, tmp_path,
+                                                                         change, words):
     (tmp_path / "answers.jsonl").write_bytes((finished / "answers.jsonl").read_bytes())
     changed = arguments(home, tmp_path)
     if change == "length":
@@ -245,12 +252,15 @@ def test_answers_of_other_settings_are_refused(finished, home, lvlm, artifacts, 
     elif change == "artifacts":
         save_artifacts(random_artifacts(lvlm, seed=9), lvlm, tmp_path / "artifacts")
         changed.artifacts = tmp_path / "artifacts"
+    elif change == "version":  # earlier ones kept one digest
+        rows = [json.loads(line) for line in (finished / "answers.jsonl").read_text().splitlines()]
+        (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row | {"key": "0f3a"}) + "\n" for row in rows))
     else:  # the same suite name, another picture behind it
         picture = home / "1.png"
         kept = picture.read_bytes()
         Image.new("RGB", (30, 30), "white").save(picture)
     try:
-        with pytest.raises(UserError, match="another model or number format"):
+        with pytest.raises(UserError, match=words):
             command.evaluate(lambda: lvlm, changed)
     finally:
         if change == "sample":

@@ -1,7 +1,7 @@
 """The answers of an evaluation on disk: append-only lines, so that a kill at any point loses at most the last batch.
 
-One line is one answer: of one sample of one suite in one arm. Every line carries the digest of all that determines
-the answer (model, artifacts, settings, sample with its picture), so answers of other settings are never mixed in.
+One line is one answer: of one sample of one suite in one arm. Every line carries what determines the answer (model,
+artifacts, settings, sample with its picture; as digests), so answers of other settings are never mixed in.
 Several processes write one file each; together the files of a folder are the result.
 """
 

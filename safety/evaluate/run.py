@@ -29,18 +29,28 @@ from safety.transcript import Answer
 
 ANSWER_TOKENS, BATCH = 48, 8  # length of the answers, and requests answered at once, if nobody says otherwise
 DIGITS = 4  # of the probabilities that are kept
+READABLE = ("number format", "--max-new-tokens", "--batch")  # parts of an answer's key that say something by themselves
 
 
-def answer_key(lvlm: LVLM, artifacts: Artifacts, arm: Arm, max_new_tokens: int, batch: int) -> str:
-    """Digest of all that determines an arm's answers, but for the sample; number format and device are in the label;
-    what the artifacts note about their making changes no answer."""
-    return digest([fingerprint(lvlm), lvlm.label, replace(artifacts, about={}), arm, max_new_tokens, batch])
+def answer_key(lvlm: LVLM, artifacts: Artifacts, arm: Arm, max_new_tokens: int, batch: int) -> dict[str, Any]:
+    """All that determines an arm's answers, but for the sample, by name: what is long as a digest. What the artifacts
+    note about their making changes no answer."""
+    return {"model": digest([fingerprint(lvlm)]), "number format": lvlm.label,
+            "calibration or setting of the lane": digest([replace(artifacts, about={}), arm]),
+            "--max-new-tokens": max_new_tokens, "--batch": batch}
 
 
 def sample_key(sample: Sample) -> str:
     """Digest of what an answer to a sample depends on: the prompt, and the picture's bytes."""
     picture = Path(sample.image) if sample.image else None
     return digest([sample.prompt, picture if picture and picture.is_file() else str(picture)])
+
+
+def _changed(before: Any, now: Mapping[str, Any]) -> str:
+    """Which parts of an answer's key differ, in words, with both values where a person can read them."""
+    old = before if isinstance(before, dict) else {}  # an earlier version kept one digest
+    return " and ".join(f"another {name}" + (f" ({old[name]}, now {value})" if name in old and name in READABLE else "")
+                        for name, value in now.items() if old.get(name) != value)
 
 
 def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: Mapping[str, Sequence[Sample]],
@@ -70,15 +80,17 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
         for arm in group:
             artifacts.check(arm.lane, lvlm.blocks)
             keys[arm.name] = answer_key(lvlm, artifacts, arm, max_new_tokens, batch)
-    wanted = {(suite, sample.id, arm.name): digest([keys[arm.name], sample_key(sample)])
-              for suite, samples in suites.items() for sample in samples for arm in arms}
+    wanted = {(suite, sample.id, arm.name): keys[arm.name] | {"prompt or picture": shown}
+              for suite, samples in suites.items() for sample in samples for shown in [sample_key(sample)]
+              for arm in arms}
     # What could not be served is tried again: the picture may have been mended.
     known = {key: record for key, record in read_records(out).items() if "error" not in record} if out.exists() else {}
     stale = next((key for key, value in wanted.items() if key in known and known[key]["key"] != value), None)
     if stale:
-        raise UserError(f"{out} holds answers of another model or number format (now {lvlm.label}; --quantization says "
-                        f"which), other artifacts, settings or samples (such as sample {stale[1]!r} of suite "
-                        f"{stale[0]!r} in lane {stale[2]!r}). Choose another --out, or delete that folder.")
+        suite, sample_id, lane = stale
+        changed = _changed(known[stale]["key"], wanted[stale])
+        raise UserError(f"{out} holds an answer to sample {sample_id!r} of suite {suite!r} in lane {lane!r} that was "
+                        f"given with {changed}. Choose another --out, or delete that folder.")
     todo = [(suite, group, rows) for suite, samples in suites.items() for group in groupings
             for rows in _cut(samples[process::processes], batch) if any(
                 (suite, sample.id, arm.name) not in known for sample in rows for arm in group)]
@@ -129,7 +141,8 @@ def _known(sample: Sample) -> dict[str, Any]:
             "expected": list(sample.expected)}
 
 
-def _record(suite: str, sample: Sample, arm: Arm, key: str, answer: Answer | str, out: Path) -> dict[str, Any]:
+def _record(suite: str, sample: Sample, arm: Arm, key: Mapping[str, Any], answer: Answer | str,
+            out: Path) -> dict[str, Any]:
     """One line of the file: the sample, and the whole transcript in one arm. Where its picture lies is written relative
     to the folder of the answers, so that both can be moved together."""
     picture = None if sample.image is None else os.path.relpath(sample.image, out)
