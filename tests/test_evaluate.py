@@ -45,6 +45,11 @@ def test_arms_carry_defenses_and_overridden_settings(artifacts):
     assert request.prompt == f"{SAFETY_PROMPT}\n\nWhat is this?"
     assert isinstance(request.image, Image.Image)
     assert none.request(Sample("1", "What is this?", "safe", "", image="x.png")).image == "x.png"
+    instead, = arms_of("read-aloud+no-image", artifacts)
+    request = instead.request(Sample("1", "What is this?", "safe", "", image="x.png"), "It says: hello")
+    assert (request.prompt, request.image) == ("It says: hello\nWhat is this?", None)
+    with pytest.raises(UserError, match="blank picture and none"):
+        arms_of("no-image+blank-image", artifacts)
 
 
 def test_another_way_to_judge_has_its_own_threshold(artifacts):

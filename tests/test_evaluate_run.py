@@ -19,10 +19,12 @@ from safety.artifacts import load_artifacts, save_artifacts
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.evaluate import command, run
-from safety.evaluate.arms import SAFETY_PROMPT, parse_arms
+from safety.evaluate.arms import READ_ALOUD, READ_TOKENS, SAFETY_PROMPT, parse_arms
+from safety.evaluate.inspect_log import shown
 from safety.evaluate.records import read_records
 from safety.loading import load
 from safety.samples import Sample, write_samples
+from safety.settings import Lane
 
 ROOT = Path(__file__).resolve().parent.parent
 LANES = "none,sasa,sapt:interval=3:threshold=0.4,safety-prompt,random-vector"
@@ -157,6 +159,26 @@ def test_the_summary_says_which_artifacts_it_is_of_and_what_they_had_seen(finish
     save_artifacts(random_artifacts(lvlm, seed=9), lvlm, tmp_path / "other")
     assert command.artifacts_digest(tmp_path / "other") != digest
     assert command.artifacts_digest(tmp_path) is None
+
+
+def test_what_the_model_reads_aloud_is_typed_before_the_prompt(home, lvlm, artifacts, tmp_path):
+    lanes = "none,read-aloud,read-aloud+sapt,read-aloud+no-image"
+    command.evaluate(lambda: lvlm, arguments(home, tmp_path, lanes=lanes))
+    records, engine = read_records(tmp_path), Engine(lvlm, artifacts)
+    picture = str(home / "3.png")
+    reading, = engine.answer(READ_ALOUD, picture, lanes=[Lane("reading")], max_new_tokens=READ_TOKENS)
+    found = records["own", "s3", "read-aloud"]
+    assert found["read"] == reading.text.strip() != ""
+    answer, = engine.answer(f"{found['read']}\nrequest 3", picture, lanes=[Lane("again")], max_new_tokens=7)
+    assert found["tokens"] == answer.tokens
+    assert records["own", "s3", "read-aloud+sapt"]["read"] == found["read"]
+    instead, = engine.answer(f"{found['read']}\nrequest 3", lanes=[Lane("typed")], max_new_tokens=7)
+    assert records["own", "s3", "read-aloud+no-image"]["tokens"] == instead.tokens != found["tokens"]
+    assert shown(records["own", "s3", "read-aloud+no-image"], tmp_path) == (f"{found['read']}\nrequest 3", None)
+    assert shown(found, tmp_path)[0] == f"{found['read']}\nrequest 3"
+    typed = records["own", "s2", "read-aloud"]  # nothing to read: as undefended
+    assert typed["read"] == "" and typed["tokens"] == records["own", "s2", "none"]["tokens"]
+    assert "read" not in records["own", "s3", "none"]
 
 
 class Stop(Exception):

@@ -58,11 +58,11 @@ def shown(record: Record, folder: Path) -> tuple[str, str | None]:
     picture = record.get("picture")
     sample = Sample(record["id"], record["prompt"], record["label"], record["scenario"],
                     str(folder / picture) if picture else None)
-    request = request_of(record["arm"], sample)
+    request = request_of(record["arm"], sample, record.get("read", ""))
     try:
         if request.image is None:
             # Answers of earlier versions do not say where the picture lies.
-            return request.prompt + ("\n[Its picture is not known.]" if record["image"] else ""), None
+            return request.prompt + ("\n[Its picture is not known.]" if record["image"] and not picture else ""), None
         return request.prompt, (_copy_of(request.image) if isinstance(request.image, str) else
                                 small_copy(open_image(request.image)))
     except UserError as error:

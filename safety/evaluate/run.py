@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from safety.artifacts import Artifacts, fingerprint
-from safety.engine import Engine
+from safety.engine import Engine, Request
 from safety.errors import UserError
-from safety.evaluate.arms import Arm, digest, groups
+from safety.evaluate.arms import READ_ALOUD, READ_TOKENS, Arm, digest, groups
 from safety.evaluate.records import Key, Writer, read_records
 from safety.lvlm import LVLM
 from safety.samples import Sample
-from safety.settings import MAX_LANES
+from safety.settings import MAX_LANES, Lane
 from safety.transcript import Answer
 
 ANSWER_TOKENS, BATCH = 48, 8  # length of the answers, and requests answered at once, if nobody says otherwise
@@ -99,8 +99,8 @@ def collect(lvlm: LVLM, calibrated: Callable[[str | None], Artifacts], suites: M
         for suite, group, rows in todo:
             bar.set_postfix_str(f"{suite}: {', '.join(arm.name for arm in group)}"[:60])
             answered = _answers(engines[id(group)], group, rows, max_new_tokens)
-            writer.write(_record(suite, sample, arm, wanted[suite, sample.id, arm.name], answer, out)
-                         for sample, answers in zip(rows, answered, strict=True)
+            writer.write(_record(suite, sample, arm, wanted[suite, sample.id, arm.name], answer, out) | heard
+                         for sample, (heard, answers) in zip(rows, answered, strict=True)
                          for arm, answer in zip(group, answers, strict=True)
                          if (suite, sample.id, arm.name) not in known)
             bar.update(len(rows))
@@ -119,20 +119,36 @@ def _cut(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
 
 
 def _answers(engine: Engine, group: Sequence[Arm], samples: Sequence[Sample],
-             max_new_tokens: int) -> list[list[Answer | str]]:
-    """Answers [sample][arm]; the message of the error in place of the answers to a sample that cannot be served."""
-    requests = [group[0].request(sample) for sample in samples]
+             max_new_tokens: int) -> list[tuple[dict[str, str], list[Answer | str]]]:
+    """For each sample, {"read": what was read aloud} if the group does that, and the answers [arm]; the message of the
+    error in place of the answers to a sample that cannot be served."""
     lanes = [arm.lane for arm in group]
     try:
+        read, seconds = _read_aloud(engine, group[0], samples)
+        requests = [group[0].request(sample, text) for sample, text in zip(samples, read, strict=True)]
         answers = engine.answer_batch(requests, lanes=lanes, max_new_tokens=max_new_tokens)
     except UserError as error:
         if len(samples) == 1:
-            return [[str(error) for _ in group]]
+            return [({}, [str(error) for _ in group])]
         return [row for sample in samples for row in _answers(engine, group, [sample], max_new_tokens)]
     for row in answers:
         for answer in row:  # what an answer costs in this batch: the batch's rows share the machine
-            answer.seconds /= len(samples) * len(lanes)
-    return [list(row) for row in answers]
+            answer.seconds = (answer.seconds + seconds) / (len(samples) * len(lanes))
+    return [({"read": text} if group[0].read_aloud else {}, list(row))
+            for text, row in zip(read, answers, strict=True)]
+
+
+def _read_aloud(engine: Engine, arm: Arm, samples: Sequence[Sample]) -> tuple[list[str], float]:
+    """What the undefended model reads in each sample's own picture ("" without one), for an arm that has it read aloud;
+    and the seconds that this took."""
+    pictures = {number: sample.image for number, sample in enumerate(samples) if sample.image is not None}
+    if not arm.read_aloud or not pictures:
+        return [""] * len(samples), 0.0
+    rows = engine.answer_batch([Request(READ_ALOUD, image) for image in pictures.values()], lanes=[Lane("reading")],
+                               max_new_tokens=READ_TOKENS)
+    heard = dict(zip(pictures, (answer for answer, in rows), strict=True))
+    return ([heard[number].text.strip() if number in heard else "" for number in range(len(samples))],
+            max(answer.seconds for answer in heard.values()))
 
 
 def _known(sample: Sample) -> dict[str, Any]:
