@@ -169,6 +169,11 @@ def test_columns_are_added_swept_set_to_the_papers_and_removed(shared: Any, engi
         assert lane.sapt == mine.sapt and lane.sasa is None
     assert [lane.revision.alpha for lane in engine.requests[-1]["lanes"][1:]] == [0, 1, 2, 3]
     shared.click("[data-layout=each]")
+    assert shared.locator(".lane-card .told small").all_inner_texts() == [
+        "Judges the request first", "Nudges every step", "Watches, and steps in", "SASA · Revision · SAPT"]
+    shared.click(".lane-card >> nth=0 >> summary")
+    shared.fill("#lane-name-0", "Mine")
+    assert shared.locator(".lane-card .told small").first.inner_text() == "SASA"
     for _ in range(3):
         if shared.is_enabled(".editor .add"):
             shared.click(".editor .add")

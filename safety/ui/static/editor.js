@@ -120,7 +120,8 @@ function laneCard(lane, index) {
   const tell = () => {
     told.replaceChildren();
     html('b', '', told, lane.name);
-    html('small', '', told, props.spec.defenses.filter(d => lane[d.key]?.on).map(d => d.short).join(' · ') || 'nothing intervenes');
+    const on = props.spec.defenses.filter(d => lane[d.key]?.on), named = on.length === 1 && on[0].short === lane.name;
+    html('small', '', told, named ? on[0].hint : on.map(d => d.short).join(' · ') || 'nothing intervenes');
   };
   tell();
   if (!single) {
