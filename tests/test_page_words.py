@@ -81,6 +81,8 @@ def test_the_measurements_come_from_the_artifacts() -> None:
     assert "weak" not in measured({"held_out": good})["sentence"]  # type: ignore[index]
     good["all"]["typographic"]["refused"]["hits"] = "nine"  # type: ignore[assignment]  # a stranger's file
     assert [row["kind"] for row in measured({"held_out": good})["rows"]] == ["their harmless twins"]  # type: ignore[index]
+    good["all"]["typographic"]["refused"]["hits"] = 11  # of ten
+    assert [row["kind"] for row in measured({"held_out": good})["rows"]] == ["their harmless twins"]  # type: ignore[index]
     for nothing in ({}, {"held_out": 3}, {"held_out": {"all": {"typographic": {}}}}):
         assert measured(nothing) is None
 
