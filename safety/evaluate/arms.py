@@ -57,37 +57,38 @@ UNCALIBRATED = Artifacts(settings=Settings(Sasa(0, 1), Revision(0), Sapt()))  # 
 
 @dataclass(frozen=True)
 class Arm:
-    """One column of the results; `swapped` names the artifact parts that random numbers replace."""
+    """One column of the results; `baseline` names what it changes beside the lane: parts out of BASELINES."""
 
     name: str
     lane: Lane
-    safety_prompt: bool = False
-    read_aloud: bool = False
-    blank_image: bool = False
-    no_image: bool = False
-    swapped: frozenset[str] = frozenset()
+    baseline: frozenset[str] = frozenset()
     folder: str | None = None
 
     @property
     def group(self) -> tuple:
         """Arms of one group differ in their lanes alone and can share a batch."""
-        return (self.safety_prompt, self.read_aloud, self.blank_image, self.no_image, self.swapped, self.folder)
+        return self.baseline, self.folder
+
+    @property
+    def reads_aloud(self) -> bool:
+        """Does the model read the picture first?"""
+        return "read-aloud" in self.baseline
 
     def request(self, sample: Sample, read: str = "") -> Request:
         """What the engine is asked for a sample. `read`: what the model read in its picture, if the arm reads aloud."""
         prompt = f"{read}\n{sample.prompt}" if read else sample.prompt
-        prompt = f"{SAFETY_PROMPT}\n\n{prompt}" if self.safety_prompt else prompt
-        if self.blank_image:
+        prompt = f"{SAFETY_PROMPT}\n\n{prompt}" if "safety-prompt" in self.baseline else prompt
+        if "blank-image" in self.baseline:
             return Request(prompt, Image.new("RGB", (448, 448), "white"))
-        return Request(prompt, None if self.no_image else sample.image)
+        return Request(prompt, None if "no-image" in self.baseline else sample.image)
 
     def artifacts(self, calibrated: Artifacts) -> Artifacts:
         """The artifacts this arm runs with, out of those of its folder."""
         artifacts = dataclasses.replace(calibrated)
-        if "random-vector" in self.swapped and artifacts.revision:
+        if "random-vector" in self.baseline and artifacts.revision:
             vectors = {name: _random_like(vector) for name, vector in artifacts.revision.vectors.items()}
             artifacts.revision = dataclasses.replace(artifacts.revision, vectors=vectors)
-        if "random-soft-prompt" in self.swapped and artifacts.sapt:
+        if "random-soft-prompt" in self.baseline and artifacts.sapt:
             artifacts.sapt = dataclasses.replace(artifacts.sapt, soft=_random_like(artifacts.sapt.soft))
         return artifacts
 
@@ -130,11 +131,11 @@ def parse_arms(spec: str, artifacts: Callable[[str | None], Artifacts], baseline
 
 def request_of(name: str, sample: Sample, read: str) -> Request:
     """What the engine is asked for a sample in the arm of this name, after it has read `read` aloud."""
-    return Arm(name, Lane(name), *_asked_otherwise(_parts(name))).request(sample, read)
+    return Arm(name, Lane(name), _baseline(_parts(name))).request(sample, read)
 
 
-def _asked_otherwise(parts: Sequence[str]) -> tuple[bool, bool, bool, bool]:
-    return "safety-prompt" in parts, "read-aloud" in parts, "blank-image" in parts, "no-image" in parts
+def _baseline(parts: Sequence[str]) -> frozenset[str]:
+    return frozenset(parts) & frozenset(BASELINES)
 
 
 def _parts(name: str) -> list[str]:
@@ -164,8 +165,7 @@ def _arm(name: str, load: Callable[[str | None], Artifacts]) -> Arm:
     if artifacts.sasa and "sasa" in settings and ("sasa", "threshold") not in [where[:2] for where in chosen]:
         # A threshold holds for the probe that it was calibrated for: another way to judge has one of its own.
         settings["sasa"] = dataclasses.replace(settings["sasa"], threshold=artifacts.sasa.threshold(settings["sasa"]))
-    return Arm(name, Lane(name, **settings), *_asked_otherwise(parts),
-               frozenset(parts) & {"random-vector", "random-soft-prompt"}, folder)
+    return Arm(name, Lane(name, **settings), _baseline(parts), folder)
 
 
 def _option(name: str, option: str) -> tuple[str, str]:

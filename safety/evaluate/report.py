@@ -46,8 +46,7 @@ def reduction(row: Mapping[str, Any] | None) -> str:
         return "–"
     if row["before"] < FEW:
         return f"too few: {row['before']} of {row['n']} succeed without"
-    interval = "" if row["low"] is None else f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
-    return f"{100 * row['reduction']:.0f} %{interval}"
+    return f"{100 * row['reduction']:.0f} %{_interval(row)}"
 
 
 def difference(row: Mapping[str, Any] | None) -> str:
@@ -57,8 +56,11 @@ def difference(row: Mapping[str, Any] | None) -> str:
         return "–"
     if not row["changed"]:
         return f"none of {row['n']} differ"
-    interval = "" if row["low"] is None else f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
-    return f"{100 * row['mean']:+.0f} points{interval}"
+    return f"{100 * row['mean']:+.0f} points{_interval(row)}"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return "" if row["low"] is None else f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
 
 
 def small(p: float) -> str:
@@ -89,15 +91,16 @@ def headline(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
               ("benign requests", "over_refusal", f"benign requests refused ({judged})"),
               ("known answers", "utility", "right words where the answer is known")]
     wanted = [column for column in wanted if column[0] in summary["pooled"]]
-    changed = [("picture attacks", "attack_success", "reduced by", reduction, summary["reductions"]),
-               ("benign requests", "over_refusal", "more refused", difference, summary["differences"]),
-               ("known answers", "utility", "more right words", difference, summary["differences"])]
+    paired = {("picture attacks", "attack_success"): ("reduced by", reduction, "reductions"),
+              ("benign requests", "over_refusal"): ("more refused", difference, "differences"),
+              ("known answers", "utility"): ("more right words", difference, "differences")}
     columns: list[tuple[str, list[str]]] = []
     for group, measure, title in wanted:
         columns.append((title, [percent(summary["pooled"][group][lane][measure]) for lane in summary["lanes"]]))
-        for place, of, heading, shown, found in changed:
-            rows = {row["lane"]: row for row in found if (row["suite"], row["measure"]) == (group, of)}
-            if (place, of) == (group, measure) and rows:
+        if (group, measure) in paired:
+            heading, shown, where = paired[group, measure]
+            rows = {row["lane"]: row for row in summary[where] if (row["suite"], row["measure"]) == (group, measure)}
+            if rows:
                 columns.append((heading, [shown(rows.get(lane)) for lane in summary["lanes"]]))
     cells = zip(summary["lanes"], *(values for _, values in columns), strict=True)
     return [title for title, _ in columns], [list(row) for row in cells]

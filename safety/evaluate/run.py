@@ -134,7 +134,7 @@ def _answers(engine: Engine, group: Sequence[Arm], samples: Sequence[Sample],
     for row in answers:
         for answer in row:  # what an answer costs in this batch: the batch's rows share the machine
             answer.seconds = (answer.seconds + seconds) / (len(samples) * len(lanes))
-    return [({"read": text} if group[0].read_aloud else {}, list(row))
+    return [({"read": text} if group[0].reads_aloud else {}, list(row))
             for text, row in zip(read, answers, strict=True)]
 
 
@@ -142,7 +142,7 @@ def _read_aloud(engine: Engine, arm: Arm, samples: Sequence[Sample]) -> tuple[li
     """What the undefended model reads in each sample's own picture ("" without one), for an arm that has it read aloud;
     and the seconds that this took."""
     pictures = {number: sample.image for number, sample in enumerate(samples) if sample.image is not None}
-    if not arm.read_aloud or not pictures:
+    if not arm.reads_aloud or not pictures:
         return [""] * len(samples), 0.0
     rows = engine.answer_batch([Request(READ_ALOUD, image) for image in pictures.values()], lanes=[Lane("reading")],
                                max_new_tokens=READ_TOKENS)

@@ -237,8 +237,8 @@ def curve(readings: Sequence[tuple[float, int, str]]) -> dict[str, Any]:
     """{"auroc", "low", "high", "n", "harmful", "requests", "roc": {"false_alarms", "recall", "threshold"},
     "calibration": [{"predicted", "observed", "n"}]} of (probability, 1 = harmful, request) readings; at most 200
     points, ten bins of equal width. No interval where a label has fewer than FEWEST requests."""
-    p, y = np.array([value for value, _, _ in readings]), np.array([label for _, label, _ in readings])
-    requests = [request for _, _, request in readings]
+    values, labels, requests = zip(*readings, strict=True)
+    p, y = np.array(values), np.array(labels)
     false_alarms, recall, threshold = roc_curve(y, p)
     kept = np.unique(np.linspace(0, len(recall) - 1, 200).round().astype(int))
     false_alarms, recall, threshold = false_alarms[kept], recall[kept], threshold[kept]
