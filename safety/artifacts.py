@@ -83,6 +83,9 @@ class Artifacts:
             if lane.sasa.mode == "gate" and pair not in self.sasa.probes:
                 raise UserError(f"SASA has no probe for the layers {pair[0]} and {pair[1]}. Choose one of "
                                 f"{', '.join(f'{s} and {f}' for s, f in self.sasa.pairs)}, or the mode \"project\".")
+            if lane.sasa.mode == "reading" and self.sasa.reading is None:
+                raise UserError('SASA has no probe for the mode "reading" here. Calibrate again on samples with '
+                                'pictures, or choose the mode "gate" or "probe".')
         if lane.sapt is not None and self.sapt is not None and lane.sapt.detector not in self.sapt.detectors:
             raise UserError(f"SAPT has no {lane.sapt.detector!r} detector here; it has "
                             f"{', '.join(sorted(self.sapt.detectors))}.")

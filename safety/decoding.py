@@ -27,6 +27,16 @@ ALTERNATIVES = 5  # likeliest tokens that a Step names
 REFUSAL = "I'm sorry, but I can't help with that request."
 
 
+@dataclass(frozen=True)
+class Typed:
+    """The words of a request's picture, typed out for SASA's mode "reading". read: those words; inputs: the prepared
+    text-only request; positions: how many the decoder ran to read them, and runs to judge them."""
+
+    read: str
+    inputs: dict[str, Tensor]
+    positions: int
+
+
 @dataclass
 class Row:
     """The state of one lane of one request."""
@@ -67,13 +77,19 @@ class Run:
         self.mask = torch.empty(0)
         self.refusal: list[int] = lvlm.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"]
 
-    def steps(self, inputs: list[dict[str, Tensor]], cancel: threading.Event) -> Iterator[Step]:
-        """Prefill, then choose a token per row, emit it, and advance, until every row has ended."""
-        began = time.perf_counter()
+    def steps(self, inputs: list[dict[str, Tensor]], cancel: threading.Event, typed: Sequence[Typed | None] = (),
+              began: float | None = None) -> Iterator[Step]:
+        """Prefill, then choose a token per row, emit it, and advance, until every row has ended.
+
+        Args:
+            typed: what each request's picture says, where a lane judges that as well; None for one without a picture.
+            began: when the run began (`time.perf_counter`), if something was done for it before.
+        """
+        began = time.perf_counter() if began is None else began
         for request, tensors in enumerate(inputs):
             if cancel.is_set():
                 return
-            self._prefill(request, tensors)
+            self._prefill(request, tensors, typed[request] if typed else None)
         self._stack()
         if any(row.revision and row.revision.positions == "last" for row in self.rows):
             self._replay_last_position()
@@ -118,12 +134,13 @@ class Run:
             if self.rows and not cancel.is_set():
                 self._advance(tokens, checks)
 
-    def _prefill(self, request: int, inputs: dict[str, Tensor]) -> None:
+    def _prefill(self, request: int, inputs: dict[str, Tensor], typed: Typed | None) -> None:
         gates = [lane.sasa for lane in self.lanes if lane.sasa and lane.sasa.mode == "gate"]
         with self._block_ends() as ends:
             trunk = self.lvlm.prefill(inputs, {block for gate in gates if self.artifacts.sasa
                                                for pair in sasa.pairs(gate, self.artifacts.sasa) for block in pair})
         depths = self._depths(ends)
+        typed_hidden = self.lvlm.prefill(typed.inputs, set()).hidden if typed else trunk.hidden
         verdicts: dict[Sasa, float] = {}
         for index, lane in enumerate(self.lanes):
             generator = torch.Generator().manual_seed(self.sampling.seed)
@@ -134,9 +151,10 @@ class Run:
                 assert self.artifacts.sasa is not None  # checked at the edge
                 key = replace(lane.sasa, threshold=0.0)
                 if key not in verdicts:
-                    verdicts[key] = sasa.judge(self.lvlm, trunk, lane.sasa, self.artifacts.sasa)
+                    verdicts[key] = sasa.judge(self.lvlm, trunk, lane.sasa, self.artifacts.sasa, typed_hidden)
                 fired = verdicts[key] >= lane.sasa.threshold
-                row.events.append(Event("gate", 0, verdicts[key], lane.sasa.threshold, fired))
+                read = (typed.read, typed.positions) if typed and lane.sasa.mode == "reading" else ()
+                row.events.append(Event("gate", 0, verdicts[key], lane.sasa.threshold, fired, *read))
                 if fired:  # the lane refuses: nothing further acts on it
                     row.gated, row.forced = True, list(self.refusal)
                     continue

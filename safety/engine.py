@@ -1,6 +1,7 @@
 """Questions in, Steps or Answers out: every check at the edge, the model's lock, and one decode loop behind it."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from safety.decoding import Run
 from safety.errors import UserError
 from safety.inputs import open_image
 from safety.lvlm import LVLM
+from safety.reading import type_out
 from safety.settings import MAX_LANES, NEW_TOKENS, Lane, Sampling, check_length
 from safety.transcript import Answer, Event, Step
 
@@ -82,7 +84,11 @@ class Engine:
             if self.lvlm.closed:  # replaced, or only until the other one has failed to load: see `Session.switch`
                 raise UserError(f"{self.lvlm.name} was unloaded for another model before this run began. "
                                 "Run it again as soon as a model is ready.")
-            yield from Run(self.lvlm, self.artifacts, lanes, max_new_tokens, sampling).steps(inputs, cancel)
+            began = time.perf_counter()
+            reads = any(lane.sasa and lane.sasa.mode == "reading" for lane in lanes)
+            typed = type_out(self.lvlm, [request.prompt for request in requests], pictures, cancel) if reads else ()
+            run = Run(self.lvlm, self.artifacts, lanes, max_new_tokens, sampling)
+            yield from run.steps(inputs, cancel, typed, began)
         finally:
             self.lvlm.lock.release()
 

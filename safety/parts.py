@@ -19,11 +19,14 @@ Tensors = Mapping[str, Tensor]
 class SasaArtifact:
     """probes: {(safety block, fused block): probe on the projected stream's first-token logits [vocabulary]};
     clean: the same on the clean stream's logits (mode "probe"); thresholds: the calibrated one of each way to judge,
-    {"20-22": …, "clean": …, "per-input": …}, since probabilities of different probes are not alike."""
+    {"20-22": …, "clean": …, "per-input": …, "reading": …}, since probabilities of different probes are not alike;
+    reading: probe on two post-norm last states in a row [2 * width], of the request and of its picture's words typed
+    out (mode "reading"; a request without a picture is its own words). None where there was nothing to read."""
 
     probes: dict[tuple[int, int], Probe]
     clean: Probe
     thresholds: dict[str, float] = field(default_factory=dict)
+    reading: Probe | None = None
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -33,12 +36,14 @@ class SasaArtifact:
     def threshold(self, settings: Sasa) -> float:
         """The calibrated threshold of the settings' way to judge; their own where none was calibrated."""
         pair = f"{settings.safety_layer}-{settings.fused_layer}"
-        way = "clean" if settings.mode == "probe" else "per-input" if settings.choice == "per-input" else pair
+        other = {"probe": "clean", "reading": "reading"}.get(settings.mode)
+        way = other or ("per-input" if settings.choice == "per-input" else pair)
         return self.thresholds.get(way, settings.threshold)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored."""
-        return {**_probe_tensors({f"{s}-{f}": probe for (s, f), probe in self.probes.items()} | {"clean": self.clean}),
+        probes = {f"{s}-{f}": probe for (s, f), probe in self.probes.items()} | {"clean": self.clean}
+        return {**_probe_tensors(probes | ({"reading": self.reading} if self.reading else {})),
                 **{f"{way}.threshold": torch.tensor([value], dtype=torch.float64)
                    for way, value in self.thresholds.items()}}
 
@@ -46,12 +51,13 @@ class SasaArtifact:
     def read(cls, tensors: Tensors, lvlm: LVLM) -> "SasaArtifact":
         """From what was stored; raises UserError where it does not fit the model."""
         names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-        probes = {name: _read_probe(tensors, name, lvlm.vocabulary, lvlm.device) for name in names}
-        clean = probes.pop("clean")
+        features = {name: 2 * lvlm.width if name == "reading" else lvlm.vocabulary for name in names}
+        probes = {name: _read_probe(tensors, name, count, lvlm.device) for name, count in features.items()}
+        clean, reading = probes.pop("clean"), probes.pop("reading", None)
         thresholds = {name.removesuffix(".threshold"): value.item() for name, value in tensors.items()
                       if name.endswith(".threshold")}
         return cls({(int(name.split("-")[0]), int(name.split("-")[1])): probe for name, probe in probes.items()}, clean,
-                   thresholds)
+                   thresholds, reading)
 
 
 @dataclass

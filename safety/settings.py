@@ -43,7 +43,8 @@ class Sasa:
         threshold: the lane refuses when the probe's probability is at least this.
         mode: "gate" is the paper (probe on the projected stream's first-token logits; a passed prompt is answered by
             the clean stream); "probe" judges the clean stream's logits (no projection); "project" keeps generating
-            from the projected stream and never refuses by itself.
+            from the projected stream and never refuses by itself; "reading" (ours) has the model read the picture
+            aloud and judges the clean stream twice: of the request as it stands, and of the picture's words, typed.
         choice: "static" judges by the pair above, as the paper does; "per-input" (ours) by that one of all calibrated
             pairs whose probe is most certain about this input.
     """
@@ -52,7 +53,7 @@ class Sasa:
     fused_layer: int
     strength: float = 1.0
     threshold: float = 0.5
-    mode: Literal["gate", "probe", "project"] = "gate"
+    mode: Literal["gate", "probe", "project", "reading"] = "gate"
     choice: Literal["static", "per-input"] = "static"
 
     def check(self, blocks: int) -> None:
@@ -61,7 +62,7 @@ class Sasa:
         _whole("SASA fused layer", self.fused_layer, self.safety_layer + 1, blocks - 1)
         _number("SASA projection strength", self.strength, 0, 1)
         _number("SASA threshold", self.threshold, 0, 1)
-        _choice("SASA mode", self.mode, ("gate", "probe", "project"))
+        _choice("SASA mode", self.mode, ("gate", "probe", "project", "reading"))
         _choice("SASA choice of layers", self.choice, ("static", "per-input"))
 
 

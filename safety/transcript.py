@@ -9,13 +9,16 @@ from safety.refusal import refusal_start
 @dataclass(frozen=True)
 class Event:
     """A defense looked or acted. type: "gate" (SASA judged the prompt), "check" (SAPT's detector looked),
-    "injection" (SAPT's soft prompt stayed); token: the index of the token that follows."""
+    "injection" (SAPT's soft prompt stayed); token: the index of the token that follows. Where SASA judged the
+    words of the picture as well: read, what the model read there, and positions, how many the decoder ran for that."""
 
     type: Literal["gate", "check", "injection"]
     token: int
     probability: float
     threshold: float
     fired: bool
+    read: str = ""
+    positions: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from safety.artifacts import Artifacts
 from safety.defenses.revision import delta
 from safety.lvlm import LVLM
+from safety.reading import ALOUD_TOKENS, READ_ALOUD, words_read
 from safety.settings import Lane
 
 
@@ -17,7 +18,7 @@ class Oracle:
     """Answers one prompt in one lane. After `run`: `tokens`, `checks` [(index, probability)], `gate`, `harm`."""
 
     def __init__(self, lvlm: LVLM, artifacts: Artifacts, prompt: str, image=None) -> None:
-        self.lvlm, self.artifacts = lvlm, artifacts
+        self.lvlm, self.artifacts, self.prompt, self.image = lvlm, artifacts, prompt, image
         self.inputs = lvlm.prepare(prompt, image, 0)
         self.length = self.inputs["input_ids"].shape[1]
 
@@ -73,17 +74,32 @@ class Oracle:
                 handle.remove()
 
     @torch.no_grad()
+    def read(self) -> Tensor:
+        """[2 * width] for SASA's mode "reading": the last state of the request, and of what its picture says, typed."""
+        state = words = self.forward([])[0, -1]
+        self.words = ""
+        if self.image is not None:
+            look = Oracle(self.lvlm, self.artifacts, READ_ALOUD, self.image).run(Lane("look"), ALOUD_TOKENS, [])
+            said = [token for token in look.tokens if token not in self.lvlm.eos_ids]
+            self.words = words_read(self.lvlm.text(said), self.lvlm.markers)
+            words = Oracle(self.lvlm, self.artifacts, self.words or self.prompt).forward([])[0, -1]
+        return torch.cat([state, words])
+
+    @torch.no_grad()
     def run(self, lane: Lane, steps: int, refusal: list[int]) -> "Oracle":
         """Generate greedily, at most `steps` tokens; an end token ends the answer."""
         self.tokens, self.checks, self.harm, self.gate = [], [], [], None
-        if lane.sasa and lane.sasa.mode != "project":
+        if lane.sasa and lane.sasa.mode == "reading":
+            state, probe = self.read(), self.artifacts.sasa.reading
+            self.gate = torch.sigmoid(state @ probe.weight + probe.bias).item()
+        elif lane.sasa and lane.sasa.mode != "project":
             probe = (self.artifacts.sasa.clean if lane.sasa.mode == "probe"
                      else self.artifacts.sasa.probes[lane.sasa.safety_layer, lane.sasa.fused_layer])
             state = self.states([], lane, revise=False, steer=lane.sasa.mode == "gate")[0, -1]
             self.gate = torch.sigmoid(self.lvlm.lm_head(state) @ probe.weight + probe.bias).item()
-            if self.gate >= lane.sasa.threshold:
-                self.tokens = refusal[:steps]
-                return self
+        if self.gate is not None and self.gate >= lane.sasa.threshold:
+            self.tokens = refusal[:steps]
+            return self
         steer = lane.sasa is not None and lane.sasa.mode == "project"
         soft = self.artifacts.sapt.soft[None]
         parts, injected = [], False

@@ -67,7 +67,8 @@ def test_everything_is_fitted_saved_and_tried(lvlm, calibrated):
     _, out, _, stages = calibrated
     artifacts = load_artifacts(lvlm, out)
     about = json.loads((out / "config.json").read_text())["about"]
-    assert about["sasa"]["streams"]["clean"]["validation_auroc"] > 0.9  # two colours, two verbs: easily told apart
+    for stream in ("clean", "reading"):
+        assert about["sasa"]["streams"][stream]["validation_auroc"] > 0.9  # two colours, two verbs: easily told apart
     assert about["trace"]["token_auroc"] > 0.9
     assert about["sapt"]["detectors"]["joint"]["validation_auroc"] > 0.9
     assert about["sapt"]["detectors"]["joint"]["papers_threshold"] == 0.9
@@ -78,7 +79,8 @@ def test_everything_is_fitted_saved_and_tried(lvlm, calibrated):
     assert about["samples"]["image"] == {"n": 28, "validation": 6, "answered": 28, "complied": 14, "understood": 28}
     pair = artifacts.settings.sasa
     assert f"{pair.safety_layer}-{pair.fused_layer} ships" in about["sasa"]["why"]
-    caught = {name: row["caught_out_of_fold"] for name, row in about["sasa"]["streams"].items() if name != "clean"}
+    streams = about["sasa"]["streams"]
+    caught = {name: streams[name]["caught_out_of_fold"] for name in streams if name not in ("clean", "reading")}
     assert caught[f"{pair.safety_layer}-{pair.fused_layer}"] == max(caught.values())
     for name in ("sasa-curves.png", "sapt-losses.png"):
         assert Image.open(out / name).width > 400
@@ -262,7 +264,17 @@ def test_samples_that_all_have_pictures_are_enough(lvlm, samples, tmp_path):
     streams = made.about["sasa"]["streams"]
     assert again.threshold(way) == way.threshold == streams[f"{way.safety_layer}-{way.fused_layer}"]["threshold"]
     assert again.threshold(replace(way, mode="probe")) == streams["clean"]["threshold"]
+    assert again.threshold(replace(way, mode="reading")) == streams["reading"]["threshold"]
+    assert torch.equal(again.reading.weight, made.sasa.reading.weight)
     assert again.threshold(replace(way, choice="per-input")) == made.about["sasa"]["per_input"]["threshold"]
+
+
+def test_without_a_picture_there_is_nothing_to_read(lvlm, samples, tmp_path):
+    typed = [sample for sample in samples if not sample.image]
+    typed = [replace(sample, id=f"{sample.id} {turn}", prompt=f"{sample.prompt} {turn}")
+             for turn in range(4) for sample in typed]
+    made = calibrate(lvlm, typed, [], tmp_path / "out", tmp_path / "work", ("sasa",), recipe=RECIPE)
+    assert load_artifacts(lvlm, tmp_path / "out").sasa.reading is None and "reading" not in made.sasa.thresholds
 
 
 def test_the_closing_trial_is_not_taken_over_from_other_samples(lvlm, samples, calibrated, tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from oracle import append_ids
+from oracle import Oracle, append_ids
 from PIL import Image
 from tiny import random_artifacts, tiny_llava
 
@@ -108,6 +108,8 @@ def test_observations_equal_plain_forward_passes_and_the_engines_answers(lvlm, t
         assert torch.allclose(one.row("prompt.layers", 2), prompt.hidden_states[3][0, -1], atol=1e-4)
         assert torch.allclose(one.row("answer.layers", 2), output.hidden_states[3][0, n:].mean(0), atol=1e-4)
         assert torch.allclose(one.tensor("clean"), prompt.hidden_states[-1][0, -1], atol=1e-4)
+        both = Oracle(lvlm, random_artifacts(lvlm), sample.prompt, Image.open(picture) if sample.image else None).read()
+        assert torch.allclose(torch.cat([one.tensor("clean"), one.tensor("typed")]), both, atol=1e-4)
         logits = lvlm.logits(one.tensor("states"))
         assert torch.allclose(logits, output.logits[0, n - 1:-1].float(), atol=1e-3)
         assert one.tensor("cache").shape == (12, 2, n + len(one.ids), 16)

@@ -28,6 +28,8 @@ LANES = {
     "gate fires": Lane("l", sasa=Sasa(2, 4, threshold=ALWAYS)),
     "probe fires": Lane("l", sasa=Sasa(2, 4, threshold=ALWAYS, mode="probe")),
     "project": Lane("l", sasa=Sasa(1, 3, mode="project")),
+    "reading passes": Lane("l", sasa=Sasa(1, 3, threshold=NEVER, mode="reading")),
+    "reading fires": Lane("l", sasa=Sasa(1, 3, threshold=ALWAYS, mode="reading")),
     "project half": Lane("l", sasa=Sasa(2, 4, mode="project", strength=0.5)),
     "revision heads": Lane("l", revision=Revision(3, alpha=0.7)),
     "revision random heads, pwd, std": Lane("l", revision=Revision(2, heads="random", vector="pwd", units="std")),
@@ -85,7 +87,7 @@ def test_each_lane_alone_equals_the_oracle(engine, name):
     assert_like_oracle(engine, LANES[name], run(engine, [LANES[name]])[0])
 
 
-@pytest.mark.parametrize("names", [list(LANES)[:6], list(LANES)[6:12], list(LANES)[12:18], list(LANES)[14:20]])
+@pytest.mark.parametrize("names", [list(LANES)[:6], list(LANES)[6:12], list(LANES)[12:18], list(LANES)[16:22]])
 def test_lanes_in_one_batch_equal_the_oracle_and_leave_each_other_alone(engine, names):
     lanes = [LANES[name] for name in names]
     for lane, outcome in zip(lanes, run(engine, lanes), strict=True):

@@ -19,10 +19,11 @@ from safety.artifacts import load_artifacts, save_artifacts
 from safety.engine import Engine
 from safety.errors import UserError
 from safety.evaluate import command, run
-from safety.evaluate.arms import READ_ALOUD, READ_TOKENS, SAFETY_PROMPT, parse_arms
+from safety.evaluate.arms import SAFETY_PROMPT, parse_arms
 from safety.evaluate.inspect_log import shown
 from safety.evaluate.records import read_records
 from safety.loading import load
+from safety.reading import ALOUD_TOKENS, READ_ALOUD
 from safety.samples import Sample, write_samples
 from safety.settings import Lane
 
@@ -166,7 +167,7 @@ def test_what_the_model_reads_aloud_is_typed_before_the_prompt(home, lvlm, artif
     command.evaluate(lambda: lvlm, arguments(home, tmp_path, lanes=lanes))
     records, engine = read_records(tmp_path), Engine(lvlm, artifacts)
     picture = str(home / "3.png")
-    reading, = engine.answer(READ_ALOUD, picture, lanes=[Lane("reading")], max_new_tokens=READ_TOKENS)
+    reading, = engine.answer(READ_ALOUD, picture, lanes=[Lane("reading")], max_new_tokens=ALOUD_TOKENS)
     found = records["own", "s3", "read-aloud"]
     assert found["read"] == reading.text.strip() != ""
     answer, = engine.answer(f"{found['read']}\nrequest 3", picture, lanes=[Lane("again")], max_new_tokens=7)

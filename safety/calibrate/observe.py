@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import random
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,18 +21,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from safety.artifacts import Artifacts, fingerprint
+from safety.artifacts import fingerprint
 from safety.calibrate.caches import pack
 from safety.calibrate.progress import Progress
-from safety.decoding import Run
 from safety.defenses.sasa import projected_hidden
 from safety.inputs import open_image
 from safety.lvlm import LVLM, Trunk, hooks
 from safety.mini.corpus import REFUSALS
+from safety.reading import type_out, undefended
 from safety.samples import Sample
-from safety.settings import Lane, Sampling
 
-VERSION = 1  # of the files' content: raise it when what is observed changes
+VERSION = 2  # of the files' content: raise it when what is observed changes
 BATCH = 16  # samples that are answered together
 READ_TOKENS = 12  # of an answer, whose activations are averaged: about as long as a refusal
 CACHE_BYTES = 12 * 2**30  # disk for keys and values; what does not fit is computed again when it is needed
@@ -55,8 +53,10 @@ class Observed:
 
         "prompt.layers" [blocks, width] and "prompt.heads" [blocks, heads, head_dim]: at the last prompt position;
         "answer.…" and "refusal.…": the same, mean of the first tokens; "clean" and "s-f" [width]: post-norm, at the
-        last prompt position, of the clean and the projected streams; "states" [m, width]: post-norm, those from which
-        the m answer tokens were chosen; "cache" [2 * blocks, kv_heads, length + m, head_dim], not of unanswered ones.
+        last prompt position, of the clean and the projected streams; "typed" [width]: "clean" of the words that the
+        model reads in the picture, as a request of their own (without a picture, "clean" again); "states" [m, width]:
+        post-norm, those from which the m answer tokens were chosen; "cache" [2 * blocks, kv_heads, length + m,
+        head_dim], not of unanswered ones.
         """
         with safetensors.safe_open(self.path, "pt") as file:
             return file.get_tensor(name)
@@ -137,14 +137,15 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
                    ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, str]]]:
     trunks: list[Trunk] = []
     kept: list[dict[str, Tensor]] = []
-    inputs: list[dict[str, Tensor]] = []
-    for number in numbers:
-        image = samples[number].image
-        inputs.append(lvlm.prepare(samples[number].prompt, open_image(image) if image else None, tokens))
+    pictures = [open_image(image) if (image := samples[number].image) else None for number in numbers]
+    prompts = [samples[number].prompt for number in numbers]
+    inputs = [lvlm.prepare(prompt, picture, tokens) for prompt, picture in zip(prompts, pictures, strict=True)]
+    for place, typed in enumerate(type_out(lvlm, prompts, pictures)):
         with _tapped(lvlm, lambda states: states[:, -1]) as tapped:
-            trunk = lvlm.prefill(inputs[-1], {block for pair in pairs for block in pair})
+            trunk = lvlm.prefill(inputs[place], {block for pair in pairs for block in pair})
+        words = lvlm.prefill(typed.inputs, set()).hidden if typed else trunk.hidden.clone()  # files share no memory
         kept.append({f"prompt.{name}": value for name, value in tapped().items()}
-                    | {"clean": trunk.hidden.float().cpu()})
+                    | {"clean": trunk.hidden.float().cpu(), "typed": words.float().cpu()})
         for s, f in pairs:
             kept[-1][f"{s}-{f}"] = projected_hidden(lvlm, trunk, s, f, 1.0).float().cpu()
         trunk.states, trunk.block_kwargs, trunk.decoder_kwargs = {}, {}, {}
@@ -170,18 +171,6 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
         meta = {"answer": response if response is not None else lvlm.text(ids), "ids": json.dumps(ids),
                 "length": str(trunk.length), "offset": str(trunk.offset)}
         yield number, tensors, meta
-
-
-def undefended(lvlm: LVLM, inputs: list[dict[str, Tensor]], tokens: int) -> list[list[int]]:
-    """Token ids of the undefended greedy answers to prepared requests, as one batch, without the token that ends one.
-
-    The loop prefills for itself: a tenth of the time, for one decode loop in the project instead of two."""
-    answers: list[list[int]] = [[] for _ in inputs]
-    if inputs:
-        for step in Run(lvlm, Artifacts(), [Lane("none")], tokens, Sampling()).steps(inputs, threading.Event()):
-            if step.finish != "eos":
-                answers[step.request].append(step.token_id)
-    return answers
 
 
 @torch.inference_mode()

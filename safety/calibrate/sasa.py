@@ -1,6 +1,7 @@
 """Fit SASA: its safety and fused blocks, and a probe on the projected stream's first-token logits for each pair."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,32 +43,36 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     shipped = sorted({*pairs, *([rule] if leads or chosen.sum() <= SCREEN else [])})
     fitted, judged = chosen & ~material.validation, chosen & material.validation
     probes, found, certain, standing = {}, {}, [], {}
-    for pair in (None, *shipped):
-        result = cross_fit(_logits(material, fitted, pair), material.unsafe[fitted])
-        scores = result.probe.probability(torch.from_numpy(_logits(material, judged, pair))).numpy()
-        name = "clean" if pair is None else f"{pair[0]}-{pair[1]}"
+    named = {f"{s}-{f}": (s, f) for s, f in shipped}
+    views: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "clean": partial(_logits, material, pair=None),
+        **{name: partial(_logits, material, pair=pair) for name, pair in named.items()},
+        **({"reading": partial(_read, material)} if any(sample.image for sample in material.samples) else {})}
+    for name, view in views.items():
+        result = cross_fit(view(fitted), material.unsafe[fitted])
+        scores = result.probe.probability(torch.from_numpy(view(judged))).numpy()
         probes[name] = result.probe
         found[name] = {"fitted_on": int(fitted.sum()), "validated_on": int(judged.sum()), "c": result.c,
                        "cross_validated_auroc": round(result.auroc, 4),
                        "caught_out_of_fold": _caught(material, result.scores, fitted),
                        **_operating_point(material, scores, judged)}
-        if pair is not None:
+        if name in named:
             certain.append(scores)
-            standing[pair] = found[name]["caught_out_of_fold"], np.nan_to_num(result.auroc, nan=0.5)
+            standing[named[name]] = found[name]["caught_out_of_fold"], np.nan_to_num(result.auroc, nan=0.5)
     best = max(standing, key=lambda pair: standing[pair])
     per_input = _per_input(material, certain, judged)
     thresholds = {name: row["threshold"] for name, row in (found | {"per-input": per_input}).items()}
     artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in shipped}, probes["clean"],
-                                  thresholds)
+                                  thresholds, probes.get("reading"))
     artifacts.settings.sasa = Sasa(*best, threshold=found[f"{best[0]}-{best[1]}"]["threshold"])
     material.out.mkdir(parents=True, exist_ok=True)
     layers.draw_curves(material.out / CURVES, curve, separable, rule, best)
-    named = "which is the pair of the rule itself" if best == rule else "not the pair of the rule"
+    whose = "which is the pair of the rule itself" if best == rule else "not the pair of the rule"
     return {"pair_by_the_papers_rule": list(rule), "shipped_pair": list(best),
             "why": f"The safety-specific heads concentrate around block {rule[0]} (centre of mass of the upper curve); "
                    f"behind it harmful and benign separate best at block {rule[1]} (lower curve). Beside evenly "
                    "spaced pairs it is a candidate if it leads on the screened samples. "
-                   f"{best[0]}-{best[1]} ships, {named}: of the candidates' probes its catches most harmful requests "
+                   f"{best[0]}-{best[1]} ships, {whose}: of the candidates' probes its catches most harmful requests "
                    "out of fold at the promised false alarms.",
             "curves": CURVES, "safety_curve": [round(v, 2) for v in curve.tolist()],
             "safety_heads": [list(head) for head in layers.safety_heads(harmful, ordinary)],
@@ -177,6 +182,12 @@ def _logits(material: Material, which: np.ndarray, pair: tuple[int, int] | None)
         with material.lvlm.lock:
             logits.append(material.lvlm.logits(hidden).cpu())
     return torch.cat(logits).numpy()
+
+
+def _read(material: Material, which: np.ndarray) -> np.ndarray:
+    """[chosen, 2 * width] what mode "reading" judges: the request's state and that of its picture's words, typed."""
+    return torch.stack([torch.cat([material.observed[i].tensor("clean"), material.observed[i].tensor("typed")])
+                        for i in indices(which)]).numpy()
 
 
 def _run_pair(material: Material, numbers: list[int], pair: tuple[int, int]) -> list[Tensor]:

@@ -37,9 +37,13 @@ def pairs(settings: Sasa, artifact: SasaArtifact) -> list[tuple[int, int]]:
     return artifact.pairs if settings.choice == "per-input" else [(settings.safety_layer, settings.fused_layer)]
 
 
-def judge(lvlm: LVLM, trunk: Trunk, settings: Sasa, artifact: SasaArtifact) -> float:
+def judge(lvlm: LVLM, trunk: Trunk, settings: Sasa, artifact: SasaArtifact, typed: Tensor) -> float:
     """Probability of harm from the first-token logits: of the projected stream ("gate") or the clean one ("probe").
-    Of several projected streams the one counts whose probe is most certain."""
+    Of several projected streams the one counts whose probe is most certain. "reading" (ours) judges `trunk` together
+    with `typed` [width], the post-norm last state of the picture's words as a request of their own."""
+    if settings.mode == "reading":
+        assert artifact.reading is not None  # checked at the edge
+        return artifact.reading.probability(torch.cat([trunk.hidden, typed])).item()
     if settings.mode == "probe":
         return artifact.clean.probability(lvlm.logits(trunk.hidden)).item()
     found = []

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from safety.artifacts import Artifacts, fingerprint
 from safety.engine import Engine, Request
 from safety.errors import UserError
-from safety.evaluate.arms import READ_ALOUD, READ_TOKENS, Arm, digest, groups
+from safety.evaluate.arms import Arm, digest, groups
 from safety.evaluate.records import Key, Writer, read_records
 from safety.lvlm import LVLM
+from safety.reading import ALOUD_TOKENS, READ_ALOUD
 from safety.samples import Sample
 from safety.settings import MAX_LANES, Lane
 from safety.transcript import Answer
@@ -145,7 +146,7 @@ def _read_aloud(engine: Engine, arm: Arm, samples: Sequence[Sample]) -> tuple[li
     if not arm.reads_aloud or not pictures:
         return [""] * len(samples), 0.0
     rows = engine.answer_batch([Request(READ_ALOUD, image) for image in pictures.values()], lanes=[Lane("reading")],
-                               max_new_tokens=READ_TOKENS)
+                               max_new_tokens=ALOUD_TOKENS)
     heard = dict(zip(pictures, (answer for answer, in rows), strict=True))
     return ([heard[number].text.strip() if number in heard else "" for number in range(len(samples))],
             max(answer.seconds for answer in heard.values()))
