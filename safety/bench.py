@@ -101,6 +101,7 @@ class _Bench:
         self.all = Lane("all", sasa, settings.revision, sapt)
         self.four = [self.none, Lane("sasa", sasa=sasa), Lane("revision", revision=settings.revision),
                      Lane("sapt", sapt=sapt)]
+        self.reading = Lane("reading", sasa=replace(sasa, mode="reading"))
         self.pair = (sasa.safety_layer, sasa.fused_layer)
         self.interval = sapt.interval
 
@@ -113,6 +114,9 @@ class _Bench:
                 1.15, lambda: (self.answer([self.all]), self.generate())),
             Row("first_token_lanes_vs_one", "time until all four lanes have their first token / one undefended lane",
                 1.6, lambda: (self.answer(self.four, 1), self.answer([self.none], 1))),
+            Row("reading_first_token_vs_one",
+                "first token of one lane whose SASA has the picture read aloud (as long as it may) / undefended", None,
+                lambda: (self.answer([self.reading], 1), self.answer([self.none], 1))),
             Row("sasa_two_passes_vs_ours", "SASA's prompt as two full passes / clean prefill and shared trunk", None,
                 lambda: (2 * self.prefill(), self.sasa_prefill())),
             Row("sapt_uncached_check_vs_ours",

@@ -1,9 +1,12 @@
 """What a run tells: Steps while it goes on, Answers when lanes are summed up."""
 
 from dataclasses import asdict, dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
 from safety.refusal import refusal_start
+
+WIDEST = 60  # characters of what was read that a summary repeats
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,11 @@ class Answer:
     def summary(self) -> str:
         """One sentence for people, such as "Crossed 0.90 at token 34; 1 injection; refusal began at 41."."""
         gate = next((event for event in self.events if event.type == "gate"), None)
+        read = shorten(gate.read, WIDEST, placeholder="…") if gate else ""
+        sasa = f"SASA read “{read}” and" if read else "SASA"
         if gate and gate.fired:
-            return f"SASA refused before the first token: P(harm) {gate.probability:.2f} ≥ {gate.threshold:.2f}."
-        parts = [f"SASA let it pass, P(harm) {gate.probability:.2f} < {gate.threshold:.2f}"] if gate else []
+            return f"{sasa} refused before the first token: P(harm) {gate.probability:.2f} ≥ {gate.threshold:.2f}."
+        parts = [f"{sasa} let it pass, P(harm) {gate.probability:.2f} < {gate.threshold:.2f}"] if gate else []
         if any(p is not None for p in self.harm):
             parts.append(f"stayed below {self.trace_threshold:.2f} in {len(self.tokens)} tokens" if self.crossed is None
                          else f"crossed {self.trace_threshold:.2f} at token {self.crossed}")

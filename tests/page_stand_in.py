@@ -49,7 +49,9 @@ class StandInEngine:
         )
         self.artifacts = SimpleNamespace(
             sasa=SimpleNamespace(
-                pairs=[(12, 14), (13, 15), (16, 20)], thresholds={"13-15": 0.5, "16-20": 0.7, "clean": 0.3}
+                pairs=[(12, 14), (13, 15), (16, 20)],
+                thresholds={"13-15": 0.5, "16-20": 0.7, "clean": 0.3, "reading": 0.6},
+                reading=True,
             ),
             revision=SimpleNamespace(layers=list(range(8, 25))),
             sapt=SimpleNamespace(length=4, detectors={"joint": None}),

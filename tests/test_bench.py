@@ -25,7 +25,7 @@ def test_every_ratio_is_measured_and_a_busy_machine_is_named(tiny, monkeypatch, 
     found = json.loads(printed.out)
     assert found["busy_before"] == percent / 100
     rows = ("lanes_vs_separate", "defended_vs_generate", "first_token_lanes_vs_one", "sasa_two_passes_vs_ours",
-            "sapt_uncached_check_vs_ours")
+            "sapt_uncached_check_vs_ours", "reading_first_token_vs_one")
     for row in rows:
         assert 0 < found[row]["low"] <= found[row]["median"] <= found[row]["high"] and found[row]["n"] == 2
     assert (words in printed.err) if words else "Other work" not in printed.err

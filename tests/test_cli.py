@@ -201,4 +201,7 @@ def test_answers_sum_themselves_up():
     assert gate.summary() == "SASA refused before the first token: P(harm) 0.97 ≥ 0.50."
     passed = answer_of(["Hi", "!"], [0.1, 0.2], [Event("gate", 0, 0.6, 0.82, False)])
     assert passed.summary() == "SASA let it pass, P(harm) 0.60 < 0.82; stayed below 0.90 in 2 tokens; no refusal."
+    gate.events = [Event("gate", 0, 0.97, 0.5, True, "steps to steal a car.", 280)]
+    assert gate.summary() == ("SASA read “steps to steal a car.” and refused before the first token: "
+                              "P(harm) 0.97 ≥ 0.50.")
     assert answer.tokens_per_second == pytest.approx(8 / 0.7)

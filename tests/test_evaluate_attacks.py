@@ -133,6 +133,8 @@ def test_the_command_makes_suites_and_takes_them_up_again(lvlm, artifacts, tmp_p
     assert all(sample.unsafe and sample.asked == sample.prompt for rows in suites.values() for sample in rows)
     monkeypatch.setattr(adversarial, "descend", None)  # nothing is computed twice
     assert adversarial.run(lambda: lvlm, flags) == 0
+    with pytest.raises(UserError, match="'sasa:mode=reading' cannot be attacked through"):
+        adversarial.run(lambda: pytest.fail("loaded"), arguments(tmp_path, "--through", "none,sasa:mode=reading"))
     with pytest.raises(UserError, match="whole numbers"):
         adversarial.run(lambda: lvlm, arguments(tmp_path, "--epsilon", "small"))
 

@@ -49,6 +49,18 @@ def test_the_form_starts_with_one_lane_of_all_calibrated_defenses() -> None:
     assert separate[2] == Lane("Revision", revision=Revision(19))
 
 
+def test_the_reading_mode_is_offered_where_a_probe_is_there_for_it() -> None:
+    def modes(engine: StandInEngine) -> list[str]:
+        sasa = next(row for row in knobs_of(engine)["defenses"] if row["key"] == "sasa")  # type: ignore[arg-type]
+        return [mode for _, mode in next(knob for knob in sasa["controls"] if knob["key"] == "mode")["options"]]
+
+    engine = StandInEngine()
+    assert modes(engine) == ["gate", "probe", "project", "reading"]
+    engine.artifacts.sasa.reading = None
+    assert modes(engine) == ["gate", "probe", "project"]
+    assert lanes(sasa={"mode": "reading"})[1].sasa == Sasa(13, 15, mode="reading")
+
+
 def test_each_defense_is_called_the_same_wherever_the_page_names_it() -> None:
     assert tuple(DEFENSES) == artifacts.DEFENSES
     host = Host(StandInEngine())  # type: ignore[arg-type]
@@ -155,7 +167,8 @@ def test_bounds_come_from_the_model_and_artifacts() -> None:
 
 def test_sasas_thresholds_are_told_per_way_to_judge() -> None:
     sasa, revision, _ = knobs_of(StandInEngine())["defenses"]  # type: ignore[arg-type]
-    assert sasa["thresholds"] == {"13-15": 0.5, "16-20": 0.7, "clean": 0.3} and revision["thresholds"] == {}
+    assert sasa["thresholds"] == {"13-15": 0.5, "16-20": 0.7, "clean": 0.3, "reading": 0.6}
+    assert revision["thresholds"] == {}
 
 
 def test_nothing_is_public_or_fetched() -> None:

@@ -61,6 +61,8 @@ def test_a_lanes_extra_work_is_counted() -> None:
     assert overhead(Lane("x", sapt=Sapt()), said, 30, 4) == pytest.approx(4 / 120)
     assert overhead(Lane("x", revision=Revision(3)), answer("w " * 20), 30, 4) == pytest.approx(1 / 120)
     assert overhead(Lane("x", Sasa(9, 11)), answer("w " * 20), 30, 4) == pytest.approx(20 * 100 / (30 * 120))
+    read = answer("w " * 20, (Event("gate", 0, 0.1, 0.5, False, "words", 60),))
+    assert overhead(Lane("x", Sasa(9, 11, mode="reading")), read, 30, 4) == pytest.approx(60 / 120)
     assert overhead(Lane("x"), answer(""), 30, 4) is None
     chosen = overhead(Lane("x", Sasa(9, 11, choice="per-input")), answer("w " * 20), 30, 4, [(9, 11), (19, 21)])
     assert chosen == pytest.approx((20 + 10) * 100 / (30 * 120))  # every pair's stream is computed to choose one

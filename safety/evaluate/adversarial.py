@@ -55,7 +55,10 @@ def run(load_model: Callable[[], LVLM], arguments: argparse.Namespace) -> int:
     if not all(0 <= radius <= 255 for radius in radii):
         raise UserError(f"--epsilon must be between 0 and 255, but it is {arguments.epsilon!r}.")
 
-    parse_arms(arguments.through, lambda folder: UNCALIBRATED)
+    for arm in parse_arms(arguments.through, lambda folder: UNCALIBRATED):
+        if arm.lane.sasa and arm.lane.sasa.mode == "reading":
+            raise UserError(f"The lane {arm.name!r} cannot be attacked through: words that the model has read have no "
+                            "gradient. Attack through sasa, and evaluate the pictures in this lane.")
     pictures = arguments.out / "pictures"
     requests = (suite_samples(arguments.suite, pictures, arguments.limit) if arguments.suite
                 else base_samples(pictures, arguments.limit))

@@ -96,6 +96,7 @@ def overhead(
         extra += sum(blocks - 1 - start for start in starts) * prompt  # the projected streams, to the top
     elif lane.sasa is not None and lane.sasa.mode == "project":
         extra += blocks * prompt + (lane.sasa.fused_layer - lane.sasa.safety_layer) * (prompt + said)
+    extra += blocks * sum(event.positions for event in answer.events)  # the picture read aloud, and its words judged
     gated = any(event.type == "gate" and event.fired for event in answer.events)
     if lane.revision is not None and not gated:
         extra += blocks * (prompt if lane.revision.positions == "all" else 1)

@@ -62,7 +62,8 @@ function knob(control, values, parent, changed) {
 }
 
 // SASA's probes have a calibrated threshold each: one that the visitor has not moved goes with the probe.
-const wayOf = values => values.mode === 'probe' ? 'clean' : values.choice === 'per-input' ? 'per-input' : values.pair;
+const wayOf = values => ({probe: 'clean', reading: 'reading'})[values.mode]
+  ?? (values.choice === 'per-input' ? 'per-input' : values.pair);
 function thresholdFollows(defense, values, panel) {
   let way = wayOf(values);
   return () => {
