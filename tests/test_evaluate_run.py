@@ -28,7 +28,8 @@ from safety.samples import Sample, write_samples
 from safety.settings import Lane
 
 ROOT = Path(__file__).resolve().parent.parent
-LANES = "none,sasa,sapt:interval=3:threshold=0.4,safety-prompt,random-vector"
+LANES = "none,sasa,sasa:mode=reading,sapt:interval=3:threshold=0.4,safety-prompt,random-vector"
+ANSWERS = 7 * len(LANES.split(","))  # to the samples of `home`
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def finished(home, lvlm, tmp_path_factory):
 
 def test_every_sample_is_answered_once_in_every_lane(finished, home):
     records = read_records(finished)
-    assert len(records) == 7 * 5
+    assert len(records) == ANSWERS
     lines = (finished / "answers.jsonl").read_text().splitlines()
     assert len(lines) == len(records)
     assert records["own", "s1", "none"]["asked"] == "the real one"
@@ -119,6 +120,10 @@ def test_batches_answer_as_one_by_one(finished, home, lvlm, artifacts):
         assert record["tokens"] == answer.tokens
         assert [event["probability"] for event in record["events"]] == [
             round(event.probability, run.DIGITS) for event in answer.events]
+    read = {row["id"]: row["events"][0]["read"] for row in read_records(finished).values()
+            if row["arm"] == "sasa:mode=reading"}
+    assert {name for name, words in read.items() if words} <= {"s1", "s3", "s5"}  # those that have a picture
+    assert any(read.values())
 
 
 def test_json_summary_has_the_promised_form(finished, home, lvlm, capsys):
@@ -204,7 +209,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(finished, home, lvlm, tmp_path, 
         torn.write_bytes(torn.read_bytes()[:-20])  # killed in the middle of a write
     command.evaluate(lambda: lvlm, arguments(home, tmp_path))
     assert timeless(read_records(tmp_path)) == timeless(read_records(finished))
-    assert len(torn.read_text().splitlines()) == 35
+    assert len(torn.read_text().splitlines()) == ANSWERS
 
 
 def test_more_lanes_and_samples_may_follow(finished, home, lvlm, tmp_path):
@@ -348,7 +353,7 @@ def test_two_processes_give_what_one_gives(finished, home, tmp_path):
     assert process.wait(timeout=240) == 0, process.stderr.read()
     assert (tmp_path / "answers-1.jsonl").exists()
     lines = [line for file in tmp_path.glob("answers*.jsonl") for line in file.read_text().splitlines()]
-    assert len(lines) == 35
+    assert len(lines) == ANSWERS
     assert_same_answers(read_records(tmp_path), read_records(finished))
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (finished, tmp_path))
     for summary in (one, two):
