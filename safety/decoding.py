@@ -29,16 +29,11 @@ REFUSAL = "I'm sorry, but I can't help with that request."
 
 @dataclass(frozen=True)
 class Typed:
-    """A request with a picture taken apart into text, for SASA's mode "reading".
-
-    Attributes:
-        read: the picture's words. words, prompt: they, and the prompt, prepared as requests without a picture.
-        positions: how many the decoder ran to read the picture, and runs to judge the two.
-    """
+    """The words of a request's picture, typed out for SASA's mode "reading". read: those words; inputs: the prepared
+    text-only request; positions: how many the decoder ran to read them, and runs to judge them."""
 
     read: str
-    words: dict[str, Tensor]
-    prompt: dict[str, Tensor]
+    inputs: dict[str, Tensor]
     positions: int
 
 
@@ -87,7 +82,7 @@ class Run:
         """Prefill, then choose a token per row, emit it, and advance, until every row has ended.
 
         Args:
-            typed: each request taken apart, where a lane judges that as well; None for one without a picture.
+            typed: what each request's picture says, where a lane judges that as well; None for one without a picture.
             began: when the run began (`time.perf_counter`), if something was done for it before.
         """
         began = time.perf_counter() if began is None else began
@@ -145,7 +140,7 @@ class Run:
             trunk = self.lvlm.prefill(inputs, {block for gate in gates if self.artifacts.sasa
                                                for pair in sasa.pairs(gate, self.artifacts.sasa) for block in pair})
         depths = self._depths(ends)
-        parts = [self.lvlm.prefill(part, set()).hidden for part in (typed.words, typed.prompt)] if typed else None
+        typed_hidden = self.lvlm.prefill(typed.inputs, set()).hidden if typed else trunk.hidden
         verdicts: dict[Sasa, float] = {}
         for index, lane in enumerate(self.lanes):
             generator = torch.Generator().manual_seed(self.sampling.seed)
@@ -156,7 +151,7 @@ class Run:
                 assert self.artifacts.sasa is not None  # checked at the edge
                 key = replace(lane.sasa, threshold=0.0)
                 if key not in verdicts:
-                    verdicts[key] = sasa.judge(self.lvlm, trunk, lane.sasa, self.artifacts.sasa, parts)
+                    verdicts[key] = sasa.judge(self.lvlm, trunk, lane.sasa, self.artifacts.sasa, typed_hidden)
                 fired = verdicts[key] >= lane.sasa.threshold
                 read = (typed.read, typed.positions) if typed and lane.sasa.mode == "reading" else ()
                 row.events.append(Event("gate", 0, verdicts[key], lane.sasa.threshold, fired, *read))

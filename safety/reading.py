@@ -1,8 +1,8 @@
 """What the undefended model says by itself: answers to learn from, and what it reads in a picture.
 
-SASA's mode "reading" (ours) judges a request as it stands, and its parts, the prompt and the words in the picture, as
-though somebody had typed each by itself. A model that was aligned on text may go along in a picture, or beside one,
-with what it takes for harmful when it is typed; its own reading brings the picture's words back into that form.
+SASA's mode "reading" (ours) judges a request twice: as it stands, and the words in its picture as though somebody had
+typed them. A model that was aligned on text may go along in a picture with what it takes for harmful when it is typed;
+its own reading brings the picture's words back into that form.
 """
 
 import re
@@ -37,11 +37,14 @@ def undefended(lvlm: LVLM, inputs: list[dict[str, Tensor]], tokens: int,
 
 def type_out(lvlm: LVLM, prompts: Sequence[str], pictures: Sequence[Image.Image | None],
              cancel: threading.Event | None = None) -> list[Typed | None]:
-    """Have the undefended model read every picture aloud, all as one batch, and take the requests apart.
+    """Have the undefended model read every picture aloud, all as one batch, and type out what it read.
 
-    The caller holds the model's lock. Where nothing was read, the prompt stands for the words as well.
+    The caller holds the model's lock.
 
-    Returns: for each request its parts; None where there is no picture: it is typed as it stands.
+    Args:
+        prompts: taken instead where nothing was read.
+
+    Returns: for each request what was typed; None where there is no picture: it is typed as it stands.
     """
     looks = [None if picture is None else lvlm.prepare(READ_ALOUD, picture, ALOUD_TOKENS) for picture in pictures]
     answers = iter(undefended(lvlm, [look for look in looks if look is not None], ALOUD_TOKENS, cancel))
@@ -52,10 +55,9 @@ def type_out(lvlm: LVLM, prompts: Sequence[str], pictures: Sequence[Image.Image 
             continue
         ids = next(answers)
         read = words_read(lvlm.text(ids), lvlm.markers)
-        alone = lvlm.prepare(prompt, None, 0)
-        words = lvlm.prepare(read, None, 0) if read else alone
-        positions = len(ids) + sum(part["input_ids"].shape[1] for part in (look, words, alone))
-        found.append(Typed(read, words, alone, positions))
+        inputs = lvlm.prepare(read or prompt, None, 0)
+        positions = look["input_ids"].shape[1] + len(ids) + inputs["input_ids"].shape[1]
+        found.append(Typed(read, inputs, positions))
     return found
 
 

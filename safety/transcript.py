@@ -13,8 +13,7 @@ WIDEST = 60  # characters of what was read that a summary repeats
 class Event:
     """A defense looked or acted. type: "gate" (SASA judged the prompt), "check" (SAPT's detector looked),
     "injection" (SAPT's soft prompt stayed); token: the index of the token that follows. Where SASA judged the
-    request's parts as well: read, what the model read in its picture, and positions, how many the decoder ran for that.
-    """
+    words of the picture as well: read, what the model read there, and positions, how many the decoder ran for that."""
 
     type: Literal["gate", "check", "injection"]
     token: int

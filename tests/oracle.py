@@ -86,18 +86,12 @@ class Oracle:
         return torch.cat([state, words])
 
     @torch.no_grad()
-    def read_and_judge(self) -> float:
-        """What mode "reading" finds: of the request with its picture's words, and of its prompt alone, the worse."""
-        probe, alone = self.artifacts.sasa.reading, Oracle(self.lvlm, self.artifacts, self.prompt).forward([])[0, -1]
-        return max(torch.sigmoid(state @ probe.weight + probe.bias).item()
-                   for state in (self.read(), torch.cat([alone, alone])))
-
-    @torch.no_grad()
     def run(self, lane: Lane, steps: int, refusal: list[int]) -> "Oracle":
         """Generate greedily, at most `steps` tokens; an end token ends the answer."""
         self.tokens, self.checks, self.harm, self.gate = [], [], [], None
         if lane.sasa and lane.sasa.mode == "reading":
-            self.gate = self.read_and_judge()
+            state, probe = self.read(), self.artifacts.sasa.reading
+            self.gate = torch.sigmoid(state @ probe.weight + probe.bias).item()
         elif lane.sasa and lane.sasa.mode != "project":
             probe = (self.artifacts.sasa.clean if lane.sasa.mode == "probe"
                      else self.artifacts.sasa.probes[lane.sasa.safety_layer, lane.sasa.fused_layer])

@@ -143,7 +143,7 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
     for place, typed in enumerate(type_out(lvlm, prompts, pictures)):
         with _tapped(lvlm, lambda states: states[:, -1]) as tapped:
             trunk = lvlm.prefill(inputs[place], {block for pair in pairs for block in pair})
-        words = lvlm.prefill(typed.words, set()).hidden if typed else trunk.hidden.clone()  # files share no memory
+        words = lvlm.prefill(typed.inputs, set()).hidden if typed else trunk.hidden.clone()  # files share no memory
         kept.append({f"prompt.{name}": value for name, value in tapped().items()}
                     | {"clean": trunk.hidden.float().cpu(), "typed": words.float().cpu()})
         for s, f in pairs:

@@ -14,7 +14,7 @@ from safety.calibrate import layers
 from safety.calibrate.material import Material, auroc, indices
 from safety.calibrate.observe import digest, save_whole
 from safety.defenses.sasa import projected_hidden
-from safety.detector import Probe, cross_fit
+from safety.detector import cross_fit
 from safety.inputs import open_image
 from safety.lvlm import LVLM
 from safety.parts import LayersArtifact, SasaArtifact
@@ -51,8 +51,6 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     for name, view in views.items():
         result = cross_fit(view(fitted), material.unsafe[fitted])
         scores = result.probe.probability(torch.from_numpy(view(judged))).numpy()
-        if name == "reading":
-            scores = np.maximum(scores, _alone(material, result.probe, judged))
         probes[name] = result.probe
         found[name] = {"fitted_on": int(fitted.sum()), "validated_on": int(judged.sum()), "c": result.c,
                        "cross_validated_auroc": round(result.auroc, 4),
@@ -190,20 +188,6 @@ def _read(material: Material, which: np.ndarray) -> np.ndarray:
     """[chosen, 2 * width] what mode "reading" judges: the request's state and that of its picture's words, typed."""
     return torch.stack([torch.cat([material.observed[i].tensor("clean"), material.observed[i].tensor("typed")])
                         for i in indices(which)]).numpy()
-
-
-def _alone(material: Material, probe: Probe, which: np.ndarray) -> np.ndarray:
-    """[chosen] P(harm) of the prompts without their pictures; mode "reading" takes the higher of it and `_read`'s."""
-    lvlm, samples = material.lvlm, [material.samples[i] for i in indices(which)]
-    prompts = sorted({sample.prompt for sample in samples})
-    found = {}
-    with material.progress.stage("prompts alone", len(prompts)) as tick:
-        for prompt in prompts:
-            with lvlm.lock:
-                state = lvlm.prefill(lvlm.prepare(prompt, None, 0), set()).hidden
-            found[prompt] = probe.probability(torch.cat([state, state])).item()
-            tick()
-    return np.array([found[sample.prompt] for sample in samples])
 
 
 def _run_pair(material: Material, numbers: list[int], pair: tuple[int, int]) -> list[Tensor]:

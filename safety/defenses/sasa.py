@@ -5,7 +5,7 @@ block s and the fused block f, replaces the former by their projection, and re-e
 values of its own, so the clean stream stays clean.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,20 +37,13 @@ def pairs(settings: Sasa, artifact: SasaArtifact) -> list[tuple[int, int]]:
     return artifact.pairs if settings.choice == "per-input" else [(settings.safety_layer, settings.fused_layer)]
 
 
-def judge(lvlm: LVLM, trunk: Trunk, settings: Sasa, artifact: SasaArtifact,
-          parts: Sequence[Tensor] | None = None) -> float:
+def judge(lvlm: LVLM, trunk: Trunk, settings: Sasa, artifact: SasaArtifact, typed: Tensor) -> float:
     """Probability of harm from the first-token logits: of the projected stream ("gate") or the clean one ("probe").
-    Of several projected streams the one counts whose probe is most certain.
-    Args:
-        parts: for "reading" (ours), post-norm last states [width] of the picture's words and of the prompt, each as a
-            request of its own; None for a request without a picture. The request is judged together with the words,
-            and the prompt by itself, as a request without a picture is; the higher probability counts.
-    """
+    Of several projected streams the one counts whose probe is most certain. "reading" (ours) judges `trunk` together
+    with `typed` [width], the post-norm last state of the picture's words as a request of their own."""
     if settings.mode == "reading":
         assert artifact.reading is not None  # checked at the edge
-        words, prompt = parts or (trunk.hidden, trunk.hidden)
-        views = torch.stack([torch.cat([trunk.hidden, words]), torch.cat([prompt, prompt])])
-        return artifact.reading.probability(views).max().item()
+        return artifact.reading.probability(torch.cat([trunk.hidden, typed])).item()
     if settings.mode == "probe":
         return artifact.clean.probability(lvlm.logits(trunk.hidden)).item()
     found = []

@@ -36,7 +36,7 @@ _EXPLANATIONS = (
         "projected onto the later one’s), so that safety gets to see what the request means; a small [probe] then "
         "reads off how harmful it is. At or above the [threshold] the answer is a refusal; below it the model "
         "answers exactly as it would have [undefended]. A mode of ours also has the picture read aloud, and judges "
-        "its words and the prompt as though somebody had typed each by itself.",
+        "those words as though somebody had typed them.",
     ),
     (
         "revision",
