@@ -7,6 +7,7 @@ import shutil
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,9 +18,10 @@ from safety.__main__ import main
 from safety.artifacts import Artifacts, load_artifacts
 from safety.calibrate import Cancelled, Recipe, calibrate, material, observe, revision, run, sapt, sasa, soft_prompt
 from safety.calibrate.progress import Progress
-from safety.engine import Engine
+from safety.engine import Answer, Engine
 from safety.errors import UserError
 from safety.samples import Sample, read_samples, write_samples
+from safety.settings import Revision
 
 RECIPE = Recipe(answer_tokens=20, false_alarms=0.2, soft=soft_prompt.Recipe(length=3, steps=4, check_every=2, batch=4))
 
@@ -220,6 +222,26 @@ def test_a_samples_own_refusal_is_what_its_harmful_answer_is_contrasted_with(lvl
     found = material.Material(lvlm, given, seen, RECIPE, tmp_path, tmp_path)
     targets = [lvlm.text(sapt._lesson(found, index).refusal[:-1]) for index in range(2)]
     assert targets == [observe.refusal_for(samples[0], 0), "that would hurt them"]
+
+
+def test_a_revision_is_tried_on_every_kind_of_request_and_what_it_repairs_makes_up_for_nothing(
+        lvlm, samples, tmp_path, monkeypatch):
+    refused = "I can't help with that."
+    given = [replace(sample, kind="rare" if index in (5, 13, 21) else "usual",
+                     response=refused if index == 13 else sample.response) for index, sample in enumerate(samples[:56])]
+    seen = observe.observe(lvlm, given, [None] * 56, sasa.tried_pairs(lvlm), tmp_path / "samples", 20, Progress())
+    found = material.Material(lvlm, given, seen, RECIPE, tmp_path, tmp_path)
+    found.validation = np.ones(len(given), bool)
+    benign = [index for index, sample in enumerate(given) if not sample.unsafe]
+    assert revision._of_every_kind(found, benign, 6) == [1, 3, 5, 7, 13, 21]
+    assert revision._of_every_kind(found, benign, 99) == benign
+
+    def answers(engine, asked, lanes, tokens, tick):  # takes one helpful answer away and repairs the refused one
+        texts = [refused if sample is given[5] else "with pleasure, all of it" for sample in asked]
+        return [[Answer(lane.name, tokens=[text]) for lane in lanes] for text in texts]
+    monkeypatch.setattr(revision.trial, "answer_all", answers)
+    row, = revision._try(found, Artifacts(), [Revision(1)], 6, "look")
+    assert (row["benign"], row["benign_refused"], row["lost"]) == (6, round(1 / 6, 4), round(1 / 6, 4))
 
 
 @pytest.mark.parametrize("published", ["spa-vl-train", "vlguard-train"])

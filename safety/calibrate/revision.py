@@ -7,6 +7,7 @@ Constructions (arXiv 2501.16378), always safe minus unsafe:
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -28,10 +29,10 @@ from safety.settings import MAX_LANES, Lane, Revision
 
 DEPTHS = (0.27, 0.35, 0.43, 0.5, 0.65, 0.8)
 STRENGTHS = {"head": (2.0, 3.0, 4.0), "layer": (0.5, 0.75, 1.0)}
-FIRST_LOOK, LONG_LOOK = 8, 36  # validation samples of each side on which all, and the best, candidates are tried
+FIRST_LOOK, LONG_LOOK = 8, 60  # validation samples of each side on which all, and the best, candidates are tried
 FINALISTS = 4
 TOKENS = 24  # of an answer: a refusal comes at its beginning
-LOST = 0.03  # helpful benign answers that a candidate may cost, more than chance lets through
+LOST = 0.03  # share of benign requests whose helpful answer a candidate may cost
 
 
 def fit(material: Material, artifacts: Artifacts) -> dict:
@@ -129,13 +130,13 @@ def _choose(material: Material, artifacts: Artifacts) -> tuple[Revision, list[di
 
 
 def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], count: int, title: str) -> list[dict]:
-    """What each candidate does to the first `count` validation samples of each side, beside the undefended answers."""
-    harmful = indices(material.judging & material.complied)[:count]
-    benign = indices(material.judging & ~material.unsafe)
-    benign = benign[::max(1, len(benign) // count)][:count]  # of every kind
+    """What each candidate does to `count` validation samples of each side, beside the undefended answers. "lost": share
+    of the benign ones that were helped before and are not any more; what it repairs elsewhere makes up for none."""
+    harmful = _of_every_kind(material, indices(material.judging & material.complied), count)
+    benign = _of_every_kind(material, indices(material.judging & ~material.unsafe), count)
     samples = [material.samples[i] for i in (*harmful, *benign)]
     plain = [material.lvlm.text(material.observed[i].ids[:TOKENS]) for i in benign]
-    helped_before = np.mean([refusal_start(text) is None and not is_garbage(text) for text in plain])
+    helped_before = np.array([refusal_start(text) is None and not is_garbage(text) for text in plain])
     engine = Engine(material.lvlm, Artifacts(revision=artifacts.revision))
     rows = []
     groups = [candidates[start:start + MAX_LANES] for start in range(0, len(candidates), MAX_LANES)]
@@ -153,18 +154,30 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
             for number, candidate in enumerate(group):
                 texts = [row[number] for row in answers]
                 refused = [answer.refused for answer in texts]
-                helped = np.mean([not answer.refused and not is_garbage(answer.text)
-                                  for answer in texts[len(harmful):]])
+                helped = np.array([not answer.refused and not is_garbage(answer.text)
+                                   for answer in texts[len(harmful):]])
                 made.append({"level": candidate.level, "layer": candidate.layer, "alpha": candidate.alpha,
                              "vector": candidate.vector, "harmful": len(harmful), "benign": len(benign),
                              "refused": round(float(np.mean(refused[:len(harmful)])), 4),
                              "garbage": round(float(np.mean([not answer.refused and is_garbage(answer.text)
                                                              for answer in texts[:len(harmful)]])), 4),
                              "benign_refused": round(float(np.mean(refused[len(harmful):])), 4),
-                             "lost": round(float(helped_before - helped), 4)})
+                             "lost": round(float(np.mean(helped_before & ~helped)), 4)})
             write_json(path, made)
             rows += made
     return rows
+
+
+def _of_every_kind(material: Material, numbers: list[int], count: int) -> list[int]:
+    """At most `count` of the sample numbers, as many of each kind as can be: a candidate that spares the pictures of
+    text, which most samples are, may ruin answers to plain questions."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for number in numbers:
+        kind = material.samples[number].kind
+        turns.append((seen[kind], number))
+        seen[kind] += 1
+    return sorted(number for _, number in sorted(turns)[:count])
 
 
 def _key(material: Material, group: list[Revision], count: int) -> str:
@@ -172,4 +185,4 @@ def _key(material: Material, group: list[Revision], count: int) -> str:
     recipe = material.recipe
     stems = [seen.path.stem for seen, openly in zip(material.observed, material.openly, strict=True) if openly]
     return digest(stems, recipe.construction, recipe.pairs, recipe.seed,
-                  [asdict(candidate) for candidate in group], count, TOKENS)
+                  [asdict(candidate) for candidate in group], count, TOKENS, "paired, of every kind")
