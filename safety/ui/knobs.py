@@ -110,7 +110,7 @@ def _defense(key: str, engine: Engine | None) -> Knobs:
 def _sasa(artifacts: Any, _: Sasa) -> list[Knobs]:
     pairs = [(f"safety {s}, fused {f}", f"{s}-{f}") for s, f in artifacts.sasa.pairs]
     modes = [("Gate (the paper)", "gate"), ("Probe only", "probe"), ("Project only", "project")]
-    modes += [("Also what it reads in the picture (ours)", "reading")] if artifacts.sasa.reading else []
+    modes += [("Reading too (ours)", "reading")] if artifacts.sasa.reading else []
     return [
         _range("threshold", "Threshold", "Refuse when the probe's probability is at least this", 0, 1, 0.001),
         _range("strength", "Projection strength λ", "1 is the paper, 0 leaves the model as it is", 0, 1, 0.05, "λ"),
