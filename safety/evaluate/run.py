@@ -197,7 +197,9 @@ def join() -> Callable[[], None]:
     """
     from accelerate import PartialState
     # Processes finish hours apart where one has the slower device; torch gives up after half an hour otherwise.
-    return PartialState(cpu=True, timeout=timedelta(days=7)).wait_for_everyone
+    PartialState(cpu=True, timeout=timedelta(days=7))
+    # Not accelerate's wait_for_everyone, which names a GPU by the process's number: each process sees only one.
+    return torch.distributed.barrier
 
 
 def write_json(path: Path, value: Any) -> None:
