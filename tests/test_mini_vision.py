@@ -24,7 +24,7 @@ from safety.mini.lexicon import LIST_OPENERS, build_lexicon, is_held_out, key_of
 from safety.mini.packing import pack, packed_loss
 from safety.mini.render import figstep, figstep_page, typeset
 from safety.mini.scenes import GRID, PATCH, SIDE, SceneMaker
-from safety.mini.symbols import COLOURS, SHAPES, shape
+from safety.mini.symbols import COLOURS, SHAPES, have_emoji_font, shape
 from safety.mini.tasks import Turn
 from safety.mini.train_vision import adamw, mixed_batch, train_loop
 from safety.mini.vision import build_tower, code_book, encode, letter_table, spelled_code
@@ -109,18 +109,21 @@ def test_typeset_rejects_nonsense() -> None:
         typeset("a", style="wavy")
 
 
-def test_labels_are_where_the_words_are(lexicon) -> None:  # type: ignore[no-untyped-def]
+def test_labels_are_where_the_words_are(monkeypatch: pytest.MonkeyPatch, lexicon) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(scenes, "FONT_ROOT", Path("/nonexistent"))  # the built-in font: the same pictures everywhere
     rng = np.random.default_rng(3)
     maker = SceneMaker(lexicon)
     for kind in ("list", "text"):
-        for _ in range(10):
+        for _ in range(60):
             scene = maker.scene(rng, kind)
             starts = np.flatnonzero(scene.part == 0)
             assert len(starts) >= 0.6 * len(scene.words)  # neighbours may share a patch when letters are small
             page = np.bincount((scene.pixels.mean(-1).astype(int)).ravel()).argmax()
             for patch in starts:
                 row, column = divmod(int(patch), GRID)
-                block = scene.pixels[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH].mean(-1)
+                # The thin stroke of a "1" need not be where its advance has its middle: two pixels to each side.
+                columns = slice(max(0, column * PATCH - 2), (column + 1) * PATCH + 2)
+                block = scene.pixels[row * PATCH : (row + 1) * PATCH, columns].mean(-1)
                 assert np.abs(block - page).max() > 25  # there is ink in the patch
     first = tasks.draw_list(maker, rng, "Steps to bake bread.")
     assert lexicon.keys[first.word[np.flatnonzero(first.part == 0)[0]]] == "steps"
@@ -202,6 +205,7 @@ def test_handwriting_lends_a_words_errors_to_words_of_its_length(lexicon) -> Non
     assert (found[:, 3] < 0.9 * found[:, 1]).float().mean() > 0.6
 
 
+@pytest.mark.skipif(not have_emoji_font(), reason="training's symbols need the Debian package fonts-noto-color-emoji")
 def test_what_other_processes_draw_ahead_is_what_would_have_been_drawn(lexicon) -> None:  # type: ignore[no-untyped-def]
     maker = SceneMaker(lexicon)
     drawn = Ahead(lambda step: mixed_batch(maker, (0, 7, step)), 7, "cpu", workers=2)
