@@ -135,6 +135,29 @@ def test_a_moved_threshold_re_marks_and_does_not_re_run(shared: Any, engine: Sta
     assert len(engine.requests) == asked
 
 
+def test_controls_that_do_nothing_in_a_mode_are_not_shown_in_it(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        def shown(defense: str) -> list[str]:
+            return page.locator(f".defense-{defense} .knob:visible label").all_inner_texts()
+
+        def choose(defense: str, label: str, option: str) -> None:
+            page.locator(f".defense-{defense}").get_by_label(label, exact=True).select_option(label=option)
+
+        page.click(".defense-sasa .settings")
+        page.click(".defense-revision .settings")
+        assert shown("sasa") == ["Threshold", "Projection strength λ", "Layers", "Mode", "Choice of layers"]
+        for mode, acting in (("Reading too (ours)", ["Threshold", "Mode"]), ("Probe only", ["Threshold", "Mode"]),
+                             ("Project only", ["Projection strength λ", "Layers", "Mode"])):
+            choose("sasa", "Mode", mode)
+            assert shown("sasa") == acting
+        assert {"Share of heads", "Which heads"} < set(shown("revision"))
+        choose("revision", "What is revised", "Whole layer")
+        assert not {"Share of heads", "Which heads"} & set(shown("revision"))
+        page.click(".defense-revision .settings")
+        page.click(".defense-revision .settings")
+        assert "Which heads" not in shown("revision")
+
+
 def test_layers_and_costs_are_told(shared: Any) -> None:
     assert shared.locator(".layers rect").count() == 30
     assert "Highest behind block 29: 0.97" in shared.locator(".layers figcaption").inner_text()

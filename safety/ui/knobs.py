@@ -111,17 +111,21 @@ def _sasa(artifacts: Any, _: Sasa) -> list[Knobs]:
     pairs = [(f"safety {s}, fused {f}", f"{s}-{f}") for s, f in artifacts.sasa.pairs]
     modes = [("Gate (the paper)", "gate"), ("Probe only", "probe"), ("Project only", "project")]
     modes += [("Reading too (ours)", "reading")] if artifacts.sasa.reading else []
+    judges = {"when": {"mode": ["gate", "probe", "reading"]}}  # not shown where it would do nothing
+    projects = {"when": {"mode": ["gate", "project"]}}
     return [
-        _range("threshold", "Threshold", "Refuse when the probe's probability is at least this", 0, 1, 0.001),
-        _range("strength", "Projection strength λ", "1 is the paper, 0 leaves the model as it is", 0, 1, 0.05, "λ"),
-        _choice("pair", "Layers", "Blocks that have a calibrated probe", pairs),
+        _range("threshold", "Threshold", "Refuse when the probe's probability is at least this", 0, 1, 0.001) | judges,
+        _range("strength", "Projection strength λ", "1 is the paper, 0 leaves the model as it is", 0, 1, 0.05, "λ")
+        | projects,
+        _choice("pair", "Layers", "Blocks that have a calibrated probe", pairs) | projects,
         _choice("mode", "Mode", "The paper's gate, one half of it, or the picture's words judged as if typed", modes),
         _choice(
             "choice",
             "Choice of layers",
             "Ours: the pair whose probe is surest about this input",
             [("As above (the paper)", "static"), ("Per input", "per-input")],
-        ),
+        )
+        | {"when": {"mode": ["gate"]}},
     ]
 
 
@@ -130,14 +134,16 @@ def _revision(artifacts: Any, base: Revision) -> list[Knobs]:
     top = min(20.0, max(6.0, round(3 * base.alpha)))
     whole = len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1))
     info = "Block that is revised"
+    of_heads = {"when": {"level": ["head"]}}
     return [
         _range("alpha", "Strength α", "0 changes nothing; the paper's best is 2", 0, top, 0.1, "α"),
         _range("layer", "Layer", info, layers[0], layers[-1], 1)
         if whole
         else _choice("layer", "Layer", info, [(f"block {layer}", layer) for layer in layers]),
         _choice("level", "What is revised", "", [("Attention heads", "head"), ("Whole layer", "layer")]),
-        _range("fraction", "Share of heads", "0.7 is the paper; only for attention heads", 0, 1, 0.05),
-        _choice("heads", "Which heads", "Random ones are a control", [("Best ranked", "top"), ("Random", "random")]),
+        _range("fraction", "Share of heads", "0.7 is the paper", 0, 1, 0.05) | of_heads,
+        _choice("heads", "Which heads", "Random ones are a control", [("Best ranked", "top"), ("Random", "random")])
+        | of_heads,
         _choice("vector", "Direction", "", [("Mean shift (MMS)", "mms"), ("Probe weights (PWD)", "pwd")]),
         _choice("units", "Unit of α", "Ours: standard deviations", [("Raw", "raw"), ("Std. deviations", "std")]),
         _choice("positions", "Where", "", [("Answer only", "last"), ("Prompt too", "all")]),

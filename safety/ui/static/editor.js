@@ -78,6 +78,12 @@ function thresholdFollows(defense, values, panel) {
   };
 }
 
+function showWhatActs(defense, values, panel) {  // hides the controls that do nothing in the chosen mode
+  defense.controls.forEach(({when}, i) => {
+    panel.children[i].hidden = Boolean(when) && !Object.entries(when).every(([key, allowed]) => allowed.includes(values[key]));
+  });
+}
+
 function defenseRow(lane, index, defense, parent) {
   const box = html('div', `defense defense-${defense.key}`, parent), id = `lane-${index}-${defense.key}`;
   const head = html('div', 'defense-head', box), label = html('label', 'switch', head), input = html('input', '', label);
@@ -99,8 +105,10 @@ function defenseRow(lane, index, defense, parent) {
     panel.hidden = !on || !open.has(id);
     toggle.setAttribute('aria-expanded', String(!panel.hidden));
     if (!panel.hidden && !panel.children.length) {
-      const changed = thresholdFollows(defense, lane[defense.key], panel);
-      for (const control of defense.controls) knob(control, lane[defense.key], panel, changed);
+      const values = lane[defense.key], follow = thresholdFollows(defense, values, panel);
+      const changed = () => { follow(); showWhatActs(defense, values, panel); };
+      for (const control of defense.controls) knob(control, values, panel, changed);
+      showWhatActs(defense, values, panel);
     }
   };
   input.addEventListener('change', () => {
