@@ -186,14 +186,22 @@ def test_an_unanswered_sample_teaches_probes_of_prompts_alone(lvlm, samples, tmp
     assert found.openly[56:].all()
     for marks in (found.complied, found.understood, found.validation):
         assert not marks[56:].any() and marks[:56].any()
-    probes = [calibrate(lvlm, rows, [], tmp_path / str(len(rows)), tmp_path / "work", ("sasa",),
-                        recipe=replace(RECIPE, answer_tokens=8)).about["sasa"]["streams"]["clean"]
-              for rows in (given[:56], given)]
-    assert probes[1]["fitted_on"] == probes[0]["fitted_on"] + 8
-    assert probes[1]["validated_on"] == probes[0]["validated_on"]
+    plain, more = (calibrate(lvlm, rows, [], tmp_path / str(len(rows)), tmp_path / "work", ("sasa",),
+                             recipe=replace(RECIPE, answer_tokens=8)).about["sasa"]["streams"]
+                   for rows in (given[:56], given))
+    for stream, taught in (("clean", 4), ("reading", 8)):  # four are texts, which only what was read is compared with
+        assert more[stream]["fitted_on"] == plain[stream]["fitted_on"] + taught
+        assert more[stream]["validated_on"] == plain[stream]["validated_on"]
     whole = calibrate(lvlm, given, [], tmp_path / "whole", tmp_path / "work", recipe=replace(RECIPE, answer_tokens=8))
     assert whole.sapt is not None and whole.about["trace"]["fitted_on_answers"] == 44
     assert whole.about["sample_digests"] == sorted({sample.request_digest for sample in given})
+
+
+def test_texts_that_nobody_answers_teach_all_probes_where_there_is_no_picture(lvlm, samples, tmp_path):
+    texts = [replace(sample, response="") for sample in samples if sample.image is None] * 2
+    streams = calibrate(lvlm, texts, [], tmp_path / "out", tmp_path / "work", ("sasa",),
+                        recipe=RECIPE).about["sasa"]["streams"]
+    assert streams["clean"]["fitted_on"] == 48 and "reading" not in streams
 
 
 def test_an_opening_teaches_detectors_but_does_not_say_how_an_answer_goes_on_nor_judges(

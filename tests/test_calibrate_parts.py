@@ -337,7 +337,9 @@ def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     answered, silent, opened = kinds.values()
     assert answered == {("typographic", "unsafe"): 12 + 9, ("typographic twin", "safe"): 12 + 9, ("reading", "safe"): 3,
                         ("text", "unsafe"): 6, ("text twin", "safe"): 6, ("ordinary", "safe"): 3, ("symbol", "safe"): 3}
-    assert silent == {("pointed", "unsafe"): 4, ("pointed twin", "safe"): 4}
+    assert silent == {("pointed", "unsafe"): 8, ("pointed twin", "safe"): 8, ("typed", "unsafe"): 36,
+                      ("typed twin", "safe"): 36, ("beside", "unsafe"): 8, ("beside twin", "safe"): 8,
+                      ("aloud", "safe"): 4}
     assert opened == {("typographic", "unsafe"): 27, ("typographic twin", "safe"): 27}
     found = Material(None, samples, [], Recipe(), tmp_path, tmp_path)
     assert not (found.validation & ~found.whole & found.answered).any()  # openings do not judge
@@ -350,6 +352,9 @@ def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     pointed, harmless = ([s for s in samples if s.kind == kind] for kind in ("pointed", "pointed twin"))
     assert [s.prompt for s in pointed] == [s.prompt for s in harmless]
     assert not {s.asked for s in pointed} & {s.asked for s in harmless}
+    shown = [s.asked for s in samples if s.kind.split()[0] in ("typed", "beside")]
+    assert not {s.asked for s in samples if s.kind.split()[0] not in ("typed", "beside", "aloud")} & set(shown)
+    assert len(set(shown)) == len(shown)
     unseen = [s for s in miniature_samples(tmp_path / "unseen", "heldout", 12) if s.kind != "symbol"]
     assert all(s.response is None for s in unseen)
     assert not {s.asked for s in unseen} & {s.asked for s in samples}

@@ -82,6 +82,12 @@ class Material:
         return np.array([sample.response != "" for sample in self.samples])
 
     @cached_property
+    def only_typed(self) -> np.ndarray:
+        """[samples] bool: a text that nobody answers. Where there are pictures, it shows what harmful words are to the
+        probe of SASA's mode "reading" alone: thousands of them are cheap there, as logits they are not."""
+        return np.array([sample.image is None and sample.response == "" for sample in self.samples])
+
+    @cached_property
     def validation(self) -> np.ndarray:
         """[samples] bool: the fourth, eighth, … of every label and kind of those openly asked, answered or not."""
         count: Counter[tuple[str, str, bool]] = Counter()

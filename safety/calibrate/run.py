@@ -37,7 +37,7 @@ from safety.samples import Sample
 
 FITS = {"sasa": sasa.fit, "revision": revision.fit, "sapt": sapt.fit, "trace": trace.fit}
 LEAST = 20  # samples of each label
-PER_KIND = 180  # the miniature's samples of each kind that it answers: 40 minutes on two cores
+PER_KIND = 180  # the miniature's samples of each kind that it answers: an hour on two cores
 HELD_OUT = 60  # the miniature's samples of each kind for the closing trial
 
 
@@ -153,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{part}", action="store_true", help=f"fit {part} (default: everything)")
     recipe = Recipe()
     parser.add_argument("--per-kind", type=count, default=PER_KIND, help="the miniature's samples of each kind "
-                        "(default %(default)s: 40 minutes on two cores)")
+                        "(default %(default)s: an hour on two cores)")
     parser.add_argument("--per-scenario", type=count, help="fit SASA's probes on so many samples of each scenario, "
                         "label and kind; 10 is the paper (default: all)")
     parser.add_argument("--construction", choices=get_args(Construction),

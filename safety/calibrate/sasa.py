@@ -33,7 +33,9 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     lvlm = material.lvlm
     harmful, ordinary = _importance(material, text_queries(material.samples))
     curve = layers.safety_curve(harmful, ordinary)
-    chosen = _chosen(material)
+    every = _chosen(material)
+    pictures = any(sample.image for sample in material.samples)
+    chosen = every & ~material.only_typed if pictures else every  # for what depends on more than words
     separable, artifacts.layers = _separability(material, chosen & ~material.validation)
     rule = layers.choose_blocks(curve, separable, max(1, lvlm.deepstack))
     pairs = tried_pairs(lvlm)
@@ -41,14 +43,15 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     # The rule's pair was run on the screened samples only; it gets a probe if it leads, or if those are all there are.
     leads = max(ranked, key=lambda pair: ranked[pair]) == rule
     shipped = sorted({*pairs, *([rule] if leads or chosen.sum() <= SCREEN else [])})
-    fitted, judged = chosen & ~material.validation, chosen & material.validation
     probes, found, certain, standing = {}, {}, [], {}
     named = {f"{s}-{f}": (s, f) for s, f in shipped}
     views: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "clean": partial(_logits, material, pair=None),
         **{name: partial(_logits, material, pair=pair) for name, pair in named.items()},
-        **({"reading": partial(_read, material)} if any(sample.image for sample in material.samples) else {})}
+        **({"reading": partial(_read, material)} if pictures else {})}
     for name, view in views.items():
+        shown = every if name == "reading" else chosen
+        fitted, judged = shown & ~material.validation, shown & material.validation
         result = cross_fit(view(fitted), material.unsafe[fitted])
         scores = result.probe.probability(torch.from_numpy(view(judged))).numpy()
         probes[name] = result.probe
@@ -60,7 +63,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
             certain.append(scores)
             standing[named[name]] = found[name]["caught_out_of_fold"], np.nan_to_num(result.auroc, nan=0.5)
     best = max(standing, key=lambda pair: standing[pair])
-    per_input = _per_input(material, certain, judged)
+    per_input = _per_input(material, certain, chosen & material.validation)
     thresholds = {name: row["threshold"] for name, row in (found | {"per-input": per_input}).items()}
     artifacts.sasa = SasaArtifact({pair: probes[f"{pair[0]}-{pair[1]}"] for pair in shipped}, probes["clean"],
                                   thresholds, probes.get("reading"))
