@@ -135,7 +135,8 @@ def test_a_moved_threshold_re_marks_and_does_not_re_run(shared: Any, engine: Sta
     assert len(engine.requests) == asked
 
 
-def test_controls_that_do_nothing_in_a_mode_are_not_shown_in_it(browser: Any, address: str) -> None:
+def test_controls_that_do_nothing_in_a_mode_are_not_shown_in_it(
+        browser: Any, address: str, engine: StandInEngine) -> None:
     with opened(browser, address) as page:
         def shown(defense: str) -> list[str]:
             return page.locator(f".defense-{defense} .knob:visible label").all_inner_texts()
@@ -151,6 +152,21 @@ def test_controls_that_do_nothing_in_a_mode_are_not_shown_in_it(browser: Any, ad
             choose("sasa", "Mode", mode)
             assert shown("sasa") == acting
         assert {"Share of heads", "Which heads"} < set(shown("revision"))
+        threshold = page.locator(".defense-sasa").get_by_label("Threshold", exact=True).first
+        page.click(".editor [data-values=paper]")
+        assert threshold.input_value() == "0.5"
+        choose("sasa", "Mode", "Reading too (ours)")
+        assert threshold.input_value() == "0.6"  # the paper has none for it
+        page.click("[data-layout=sweep]")
+        page.select_option(".sweep select", label="SASA: Projection strength λ")
+        page.click(".sweep button")
+        ask(page, "Hello?")
+        wait_for_end(page)
+        swept = [lane.sasa for lane in engine.requests[-1]["lanes"][1:]]
+        assert {(sasa.mode, sasa.threshold) for sasa in swept} == {("gate", 0.5)}
+        assert len({sasa.strength for sasa in swept}) == 4
+        page.click(".editor .reset")
+        page.click(".defense-revision .settings")
         choose("revision", "What is revised", "Whole layer")
         assert not {"Share of heads", "Which heads"} & set(shown("revision"))
         page.click(".defense-revision .settings")

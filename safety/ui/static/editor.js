@@ -69,7 +69,8 @@ function thresholdFollows(defense, values, panel) {
   return () => {
     const {thresholds, calibrated} = defense, before = thresholds[way] ?? calibrated.threshold;
     way = wayOf(values);
-    if (thresholds[way] !== undefined && values.threshold === before) {
+    const papers = values.mode === 'reading' && values.threshold === defense.paper.threshold;  // no value of the mode's own
+    if (thresholds[way] !== undefined && (values.threshold === before || papers)) {
       values.threshold = thresholds[way];
       const row = panel.children[defense.controls.findIndex(control => control.key === 'threshold')];
       for (const input of row.querySelectorAll('input')) input.value = values.threshold;
