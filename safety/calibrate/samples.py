@@ -109,10 +109,9 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
 
 def _unanswered(folder: Path, rng: random.Random, per_kind: int, taken: set[str]) -> list[Sample]:
     """Training requests that only probes of prompts learn from, none of those `taken` (by what judges, say)."""
-    samples = []
+    samples, beside = [], 2 * per_kind // 3
     for kind, pool in (("", corpus.harmful("train")), (" twin", corpus.benign("train"))):
         free = [row for row in pool if row.text not in taken]
-        beside = 2 * per_kind // 3
         rows = rng.sample(free, min(TYPED * per_kind + beside, len(free)))
         samples += [_sample(f"train-typed{kind.replace(' ', '-')}-{number}", row, f"typed{kind}", row.text)
                     for number, row in enumerate(rows[beside:])]
@@ -130,11 +129,12 @@ def _unanswered(folder: Path, rng: random.Random, per_kind: int, taken: set[str]
 
 def _unrelated(number: int) -> Image.Image:
     """A picture that has nothing to do with a request: in turn a coloured shape, a symbol, harmless words, nothing."""
-    rng = random.Random(f"unrelated {number}")
+    seed = f"unrelated {number}"
+    rng = random.Random(seed)
     if number % 4 == 0:
-        return draw.coloured_shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), f"unrelated {number}")
+        return draw.any_shape(seed)
     if number % 4 == 1:
-        return draw.symbol(rng.choice(HARMLESS), f"unrelated {number}")
+        return draw.symbol(rng.choice(HARMLESS), seed)
     if number % 4 == 2:
         return figstep(rng.choice(lists(corpus.list_prompts("train"))).text)
     grey = rng.randint(0, 255)

@@ -27,7 +27,6 @@ from safety.inputs import open_image
 from safety.loading import load
 from safety.lvlm import LVLM
 from safety.mini import corpus
-from safety.mini.symbols import COLOURS, SHAPES
 from safety.quantize import Int8Linear
 from safety.samples import Sample, write_samples
 
@@ -94,8 +93,7 @@ def base_samples(folder: Path, count: int) -> list[Sample]:
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows[:count]):
         path = folder / f"shape-{number:03}.png"
-        rng = random.Random(f"shape {number}")
-        draw.coloured_shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), f"shape {number}").save(path)
+        draw.any_shape(f"shape {number}").save(path)
         samples.append(Sample(f"pgd-{number:03}", row.text, "unsafe", row.category, str(path), kind="pgd"))
     return samples
 

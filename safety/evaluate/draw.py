@@ -88,6 +88,12 @@ def symbol(name: str, seed: str) -> Image.Image:
     return page
 
 
+def any_shape(seed: str) -> Image.Image:
+    """A shape and a colour that the seed chooses, somewhere on a white page."""
+    rng = random.Random(seed)
+    return coloured_shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), seed)
+
+
 def coloured_shape(name: str, colour: str, seed: str) -> Image.Image:
     """A named shape of a named colour somewhere on a white page."""
     rng = random.Random(seed)

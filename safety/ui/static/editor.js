@@ -79,10 +79,10 @@ function thresholdFollows(defense, values, panel) {
   };
 }
 
-function showWhatActs(defense, values, panel) {  // hides the controls that do nothing in the chosen mode
-  defense.controls.forEach(({when}, i) => {
-    panel.children[i].hidden = Boolean(when) && !Object.entries(when).every(([key, allowed]) => allowed.includes(values[key]));
-  });
+// What keeps a control from doing anything: [setting, the values with which it would act].
+const unmet = (control, values) => Object.entries(control.when ?? {}).filter(([key, allowed]) => !allowed.includes(values[key]));
+function showWhatActs(defense, values, panel) {
+  defense.controls.forEach((control, i) => { panel.children[i].hidden = unmet(control, values).length > 0; });
 }
 
 function defenseRow(lane, index, defense, parent) {

@@ -75,7 +75,7 @@ function buildSweep() {
     event.preventDefault();
     const {defense, control} = knobs[which.value], n = Math.round(Math.min(props.spec.max_lanes, Math.max(2, Number(count.value))));
     const base = form.lanes[baseBox.value] ?? {}, own = {...copy(defense.calibrated), ...base[defense.key], on: true};
-    for (const [key, allowed] of Object.entries(control.when ?? {})) if (!allowed.includes(own[key])) {
+    for (const [key, allowed] of unmet(control, own)) {
       own[key] = allowed[0];  // the setting does nothing in the column's mode: swept in one in which it acts
       if (defense.key === 'sasa') own.threshold = defense.thresholds[wayOf(own)] ?? own.threshold;
     }
