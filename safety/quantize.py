@@ -7,7 +7,8 @@ it moves by a whole step, so an answer can read differently in other company. In
 """
 
 import time
-from functools import cache
+import timeit
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +116,6 @@ def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     times: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(128, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
-        left @ right
-        start = time.perf_counter()
-        for _ in range(3):  # 0.2 s in all where bf16 is slow, and nothing where it is not
-            left @ right
-        times[dtype] = time.perf_counter() - start
+        # The fastest of five, so that other work on the machine does not decide; 0.3 s in all where bf16 is slow.
+        times[dtype] = min(timeit.repeat(partial(torch.matmul, left, right), number=1, repeat=5))
     return min(times, key=lambda dtype: times[dtype])
