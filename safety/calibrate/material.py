@@ -70,6 +70,12 @@ class Material:
         return np.array([sample.unsafe for sample in self.samples])
 
     @cached_property
+    def requests(self) -> np.ndarray:
+        """[samples] str: the same for samples that ask the same. One asked again in another picture says nothing new,
+        so cross-validation keeps them in one fold."""
+        return np.array([sample.request_digest for sample in self.samples])
+
+    @cached_property
     def openly(self) -> np.ndarray:
         """[samples] bool: does the prompt or its picture ask for it? Where only the given answer shows what was asked,
         detectors of answers can learn from a sample, those of prompts cannot."""

@@ -52,7 +52,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     for name, view in views.items():
         shown = every if name == "reading" else chosen
         fitted, judged = shown & ~material.validation, shown & material.validation
-        result = cross_fit(view(fitted), material.unsafe[fitted])
+        result = cross_fit(view(fitted), material.unsafe[fitted], material.requests[fitted])
         scores = result.probe.probability(torch.from_numpy(view(judged))).numpy()
         probes[name] = result.probe
         found[name] = {"fitted_on": int(fitted.sum()), "validated_on": int(judged.sum()), "c": result.c,
@@ -138,7 +138,8 @@ def _separability(material: Material, fitted: np.ndarray) -> tuple[Tensor, Layer
     curve, probes, judgements = [], [], []
     with material.progress.stage("separability", material.lvlm.blocks) as tick:
         for block in range(material.lvlm.blocks):
-            result = cross_fit(material.prompts(block, which), material.unsafe[which], strengths=(1e-3, 1e-2))
+            result = cross_fit(material.prompts(block, which), material.unsafe[which], material.requests[which],
+                               strengths=(1e-3, 1e-2))
             scores = result.probe.probability(torch.from_numpy(material.prompts(block, judged))).numpy()
             unsafe = material.unsafe[judged]
             curve.append(result.auroc)
@@ -164,7 +165,7 @@ def _screen(material: Material, chosen: np.ndarray, pairs: list[tuple[int, int]]
     with material.progress.stage("comparing pairs", len(pairs)) as tick:
         ranked = {}
         for pair in pairs:
-            result = cross_fit(_logits(material, which, pair), material.unsafe[which])
+            result = cross_fit(_logits(material, which, pair), material.unsafe[which], material.requests[which])
             ranked[pair] = 0.5 if np.isnan(result.auroc) else result.auroc
             tick()
     return ranked
