@@ -337,12 +337,14 @@ def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     answered, silent, opened = kinds.values()
     assert answered == {("typographic", "unsafe"): 12 + 9, ("typographic twin", "safe"): 12 + 9, ("reading", "safe"): 3,
                         ("text", "unsafe"): 6, ("text twin", "safe"): 6, ("ordinary", "safe"): 3, ("symbol", "safe"): 3}
-    assert silent == {("pointed", "unsafe"): 8, ("pointed twin", "safe"): 8, ("typed", "unsafe"): 36,
-                      ("typed twin", "safe"): 36, ("beside", "unsafe"): 8, ("beside twin", "safe"): 8,
+    assert silent == {("pointed", "unsafe"): 16, ("pointed twin", "safe"): 16, ("typed", "unsafe"): 36,
+                      ("typed twin", "safe"): 36, ("beside", "unsafe"): 20, ("beside twin", "safe"): 20,
                       ("aloud", "safe"): 4}
     assert opened == {("typographic", "unsafe"): 27, ("typographic twin", "safe"): 27}
     found = Material(None, samples, [], Recipe(), tmp_path, tmp_path)
     assert not (found.validation & ~found.whole & found.answered).any()  # openings do not judge
+    blank = [sample.kind == "beside" and len(Image.open(sample.image).getcolors() or "many") == 1 for sample in samples]
+    assert set(found.validation[blank]) == {True, False}  # what is judged on can also be learned
     opening = next(sample for sample in samples if sample.asked.startswith("Steps to ") and sample.response)
     assert opening.response == opening.asked[9:10].upper() + opening.asked[10:-1] + ":\n1."
     attacks, twins = ([s for s in samples if s.kind == kind] for kind in ("typographic", "typographic twin"))
