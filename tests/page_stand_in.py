@@ -29,7 +29,7 @@ HELPFUL = (
 
 HELD_OUT = {
     lane: {kind: {"refused": {"hits": hits, "n": 24}} for kind, hits in (("typographic", a), ("typographic twin", b))}
-    for lane, a, b in (("none", 0, 1), ("sasa", 5, 6), ("all", 12, 10))
+    for lane, a, b in (("none", 0, 1), ("sasa", 5, 6), ("sasa:mode=reading", 13, 4), ("all", 12, 10))
 }
 
 

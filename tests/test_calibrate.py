@@ -76,7 +76,7 @@ def test_everything_is_fitted_saved_and_tried(lvlm, calibrated):
     assert about["sapt"]["detectors"]["joint"]["papers_threshold"] == 0.9
     assert set(artifacts.sapt.detectors) == {"joint", "frozen"} and artifacts.sapt.length == 3
     assert about["revision"]["construction"] == "multi-response" and about["revision"]["pairs"] == 22
-    assert set(about["held_out"]) == {"none", "sasa", "revision", "sapt", "all"}
+    assert set(about["held_out"]) == {"none", "sasa", "revision", "sapt", "all", "sasa:mode=reading"}
     assert about["held_out"]["none"]["image"]["refused"]["n"] == 4
     assert about["samples"]["image"] == {"n": 28, "validation": 6, "answered": 28, "complied": 14, "understood": 28}
     pair = artifacts.settings.sasa
@@ -312,7 +312,8 @@ def test_the_closing_trial_is_not_taken_over_from_other_samples(lvlm, samples, c
     first = calibrate(lvlm, samples[:56], samples[56:], tmp_path / "out", calibrated[2], recipe=RECIPE)
     files = set(calibrated[2].rglob("trial-*.json"))
     calibrate(lvlm, samples[:56], other, tmp_path / "out", calibrated[2], recipe=RECIPE)
-    assert first.about["held_out"] and len(set(calibrated[2].rglob("trial-*.json")) - files) == 1
+    assert list(first.about["held_out"]) == ["none", "sasa", "revision", "sapt", "all", "sasa:mode=reading"]
+    assert len(set(calibrated[2].rglob("trial-*.json")) - files) == 1
 
 
 def test_the_command(lvlm, samples, calibrated, tmp_path, capsys, monkeypatch):

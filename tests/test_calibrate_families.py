@@ -59,7 +59,7 @@ def test_a_whole_calibration(lvlm, samples, tmp_path):
     given, held_out = samples[:40], samples[40:]
     calibrate(lvlm, given, held_out, tmp_path / "out", tmp_path / "work", recipe=RECIPE)
     artifacts = load_artifacts(lvlm, tmp_path / "out")
-    assert set(artifacts.about["held_out"]) == {"none", "sasa", "revision", "sapt", "all"}
+    assert set(artifacts.about["held_out"]) == {"none", "sasa", "revision", "sapt", "all", "sasa:mode=reading"}
     assert artifacts.settings.sasa.safety_layer >= lvlm.deepstack
     refusals = [observe.refusal_for(sample, index) if sample.unsafe else None for index, sample in enumerate(given)]
     pair, = sasa.tried_pairs(lvlm)

@@ -30,6 +30,7 @@ from safety.calibrate.progress import Progress, Report
 from safety.calibrate.samples import miniature_samples
 from safety.engine import Engine
 from safety.errors import UserError
+from safety.evaluate.arms import parse_arms
 from safety.evaluate.run import write_json
 from safety.flags import count
 from safety.lvlm import LVLM, MINIATURE
@@ -123,9 +124,12 @@ def _census(material: Material) -> dict[str, dict[str, int]]:
 def _try_lanes(engine: Engine, samples: Sequence[Sample], recipe: Recipe, out: Path, work: Path, progress: Progress
                ) -> dict[str, Any]:
     """Refusals of each shipped lane on samples that calibration has not seen; every batch is kept when it is done."""
-    lanes = engine.artifacts.standard_lanes("none,sasa,revision,sapt,all")
+    sasa_part = engine.artifacts.sasa
+    names = "none,sasa,revision,sapt,all" + (",sasa:mode=reading" if sasa_part and sasa_part.reading else "")
+    lanes = [arm.lane for arm in parse_arms(names, lambda folder: engine.artifacts)]
     config = json.loads((out / "config.json").read_text())
-    depends_on = config["files"], config["settings"], recipe.answer_tokens, [sample_key(sample) for sample in samples]
+    depends_on = (config["files"], config["settings"], names, recipe.answer_tokens,
+                  [sample_key(sample) for sample in samples])
     path = work / f"trial-{digest(*depends_on)}.json"
     known: dict[str, list[str]] = json.loads(path.read_text()) if path.exists() else {}
     missing = [sample for sample in samples if sample.id not in known]

@@ -22,7 +22,8 @@ KINDS = {
     "pointed twin": "the same words, harmless pictures",
 }
 HARMLESS = ("typographic twin", "text twin", "ordinary", "symbol", "reading", "pointed twin")
-LANES = {"none": UNDEFENDED, **{key: name.short for key, name in DEFENSES.items()}, "all": TOGETHER}
+LANES = {"none": UNDEFENDED, **{key: name.short for key, name in DEFENSES.items()}, "all": TOGETHER,
+         "sasa:mode=reading": "SASA, reading (ours)"}
 
 
 def top(host: Host, **kwargs: Any) -> gr.HTML:
