@@ -153,7 +153,7 @@ def chips(lane: Lane) -> list[dict[str, str]]:
             "gate": f"λ {lane.sasa.strength:g}",
             "probe": "probe only",
             "project": f"projection λ {lane.sasa.strength:g}",
-            "reading": "reads the picture",
+            "reading": "reads pictures",
         }
         found.append({"key": "sasa", "label": f"{DEFENSES['sasa'].short} {detail[lane.sasa.mode]}"})
     if lane.revision is not None:
