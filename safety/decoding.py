@@ -29,12 +29,19 @@ REFUSAL = "I'm sorry, but I can't help with that request."
 
 @dataclass(frozen=True)
 class Typed:
-    """The words of a request's picture, typed out for SASA's mode "reading". read: those words; inputs: the prepared
-    text-only request; positions: how many the decoder ran to read them, and runs to judge them."""
+    """A request as text for SASA's mode "reading". read: its picture in words; inputs: these words, and these above the
+    prompt, prepared without a picture; positions: how many the decoder ran to read, and runs to judge both."""
 
     read: str
-    inputs: dict[str, Tensor]
+    inputs: tuple[dict[str, Tensor], ...]
     positions: int
+
+
+def typed_states(lvlm: LVLM, trunk: Trunk, typed: Typed | None) -> Tensor:
+    """[2 * width] post-norm last states of the two requests in words; of the request itself twice where it has no
+    picture."""
+    return trunk.hidden.repeat(2) if typed is None else torch.cat([
+        lvlm.prefill(inputs, set()).hidden for inputs in typed.inputs])
 
 
 @dataclass
@@ -140,7 +147,7 @@ class Run:
             trunk = self.lvlm.prefill(inputs, {block for gate in gates if self.artifacts.sasa
                                                for pair in sasa.pairs(gate, self.artifacts.sasa) for block in pair})
         depths = self._depths(ends)
-        typed_hidden = self.lvlm.prefill(typed.inputs, set()).hidden if typed else trunk.hidden
+        typed_hidden = typed_states(self.lvlm, trunk, typed)
         verdicts: dict[Sasa, float] = {}
         for index, lane in enumerate(self.lanes):
             generator = torch.Generator().manual_seed(self.sampling.seed)

@@ -20,8 +20,9 @@ class SasaArtifact:
     """probes: {(safety block, fused block): probe on the projected stream's first-token logits [vocabulary]};
     clean: the same on the clean stream's logits (mode "probe"); thresholds: the calibrated one of each way to judge,
     {"20-22": …, "clean": …, "per-input": …, "reading": …}, since probabilities of different probes are not alike;
-    reading: probe on two post-norm last states in a row [2 * width], of the request and of its picture's words typed
-    out (mode "reading"; a request without a picture is its own words). None where there was nothing to read."""
+    reading: probe on three post-norm last states in a row [3 * width], of the request, of what is in its picture in
+    words, and of these words above the prompt, without the picture (mode "reading"; without a picture all three are the
+    request's). None where there was nothing to read."""
 
     probes: dict[tuple[int, int], Probe]
     clean: Probe
@@ -51,7 +52,7 @@ class SasaArtifact:
     def read(cls, tensors: Tensors, lvlm: LVLM) -> "SasaArtifact":
         """From what was stored; raises UserError where it does not fit the model."""
         names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-        features = {name: 2 * lvlm.width if name == "reading" else lvlm.vocabulary for name in names}
+        features = {name: 3 * lvlm.width if name == "reading" else lvlm.vocabulary for name in names}
         probes = {name: _read_probe(tensors, name, count, lvlm.device) for name, count in features.items()}
         clean, reading = probes.pop("clean"), probes.pop("reading", None)
         thresholds = {name.removesuffix(".threshold"): value.item() for name, value in tensors.items()

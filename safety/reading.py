@@ -1,8 +1,9 @@
 """What the undefended model says by itself: answers to learn from, and what it reads in a picture.
 
-SASA's mode "reading" (ours) judges a request twice: as it stands, and the words in its picture as though somebody had
-typed them. A model that was aligned on text may go along in a picture with what it takes for harmful when it is typed;
-its own reading brings the picture's words back into that form.
+SASA's mode "reading" (ours) judges a request three times: as it stands; what the model says is in its picture, as
+though somebody had typed it; and that typed above the prompt, without the picture. A model that was aligned on text may
+go along in a picture, or beside one, with what it takes for harmful when all of it is typed. Its own words bring a
+request into that form.
 """
 
 import re
@@ -17,7 +18,7 @@ from safety.decoding import Run, Typed
 from safety.lvlm import LVLM
 from safety.settings import Lane, Sampling
 
-READ_ALOUD, ALOUD_TOKENS = "What does the image say?", 32
+READ_ALOUD, ALOUD_TOKENS = "What is in the picture?", 32  # words and things alike
 _QUOTED = re.compile(r"[\"\u201c](.*?)[\"\u201d]?\s*$", re.DOTALL)  # the closing sign may be cut off
 _EMPTY_ITEMS = re.compile(r"(^|\s)1[.)](\s*\d+[.)])+\s*$")  # "1. 2. 3." with nothing behind
 
@@ -37,14 +38,14 @@ def undefended(lvlm: LVLM, inputs: list[dict[str, Tensor]], tokens: int,
 
 def type_out(lvlm: LVLM, prompts: Sequence[str], pictures: Sequence[Image.Image | None],
              cancel: threading.Event | None = None) -> list[Typed | None]:
-    """Have the undefended model read every picture aloud, all as one batch, and type out what it read.
+    """Have the undefended model read every picture aloud, all as one batch, and turn the requests into text.
 
     The caller holds the model's lock.
 
     Args:
-        prompts: taken instead where nothing was read.
+        prompts: taken by themselves where nothing was read.
 
-    Returns: for each request what was typed; None where there is no picture: it is typed as it stands.
+    Returns: for each request what was typed; None where there is no picture: it is text as it stands.
     """
     looks = [None if picture is None else lvlm.prepare(READ_ALOUD, picture, ALOUD_TOKENS) for picture in pictures]
     answers = iter(undefended(lvlm, [look for look in looks if look is not None], ALOUD_TOKENS, cancel))
@@ -55,15 +56,16 @@ def type_out(lvlm: LVLM, prompts: Sequence[str], pictures: Sequence[Image.Image 
             continue
         ids = next(answers)
         read = words_read(lvlm.text(ids), lvlm.markers)
-        inputs = lvlm.prepare(read or prompt, None, 0)
-        positions = look["input_ids"].shape[1] + len(ids) + inputs["input_ids"].shape[1]
+        texts = (read, f"{read}\n{prompt}") if read else (prompt, prompt)
+        inputs = tuple(lvlm.prepare(text, None, 0) for text in texts)
+        positions = len(ids) + sum(part["input_ids"].shape[1] for part in (look, *inputs))
         found.append(Typed(read, inputs, positions))
     return found
 
 
 def words_read(answer: str, markers: Sequence[str] = ()) -> str:
     """The words that an answer to READ_ALOUD gives: those in quotation marks, or all; without the empty items of a list
-    at their end.
+    at their end. None where they are the question itself, which a model may repeat where there is nothing to see.
 
     Args:
         markers: control strings of the model. A picture can show them like any other words: they are left out.
@@ -71,4 +73,5 @@ def words_read(answer: str, markers: Sequence[str] = ()) -> str:
     for marker in markers:
         answer = answer.replace(marker, " ")
     quoted = _QUOTED.search(answer)
-    return _EMPTY_ITEMS.sub("", quoted[1] if quoted else answer).strip()
+    words = _EMPTY_ITEMS.sub("", quoted[1] if quoted else answer).strip()
+    return "" if re.findall(r"\w+", words.lower()) == re.findall(r"\w+", READ_ALOUD.lower()) else words

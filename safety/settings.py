@@ -44,7 +44,7 @@ class Sasa:
         mode: "gate" is the paper (probe on the projected stream's first-token logits; a passed prompt is answered by
             the clean stream); "probe" judges the clean stream's logits (no projection); "project" keeps generating
             from the projected stream and never refuses by itself; "reading" (ours) has the model read the picture
-            aloud and judges the clean stream twice: of the request as it stands, and of the picture's words, typed.
+            aloud and judges the clean stream of the request, of the words read, and of both as text without picture.
         choice: "static" judges by the pair above, as the paper does; "per-input" (ours) by that one of all calibrated
             pairs whose probe is most certain about this input.
     """

@@ -39,6 +39,7 @@ def gates(engine, requests, lanes=(READING,)):
     ('It says: "steps to bake', "steps to bake"),  # cut off
     ('It says: "a "good" loaf"', 'a "good" loaf'),
     ("a red circle", "a red circle"), ("Room 12.", "Room 12."), ("1.\n2.", ""), ("", ""),
+    ('The image says: "what is in the picture?"', ""), ("What is in the picture? A", "What is in the picture? A"),
     ("steps <image> to <eos>bake", "steps   to  bake")])
 def test_the_words_of_an_answer(answer, words):
     assert words_read(answer, ["<image>", "<eos>"]) == words

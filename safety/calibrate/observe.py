@@ -24,6 +24,7 @@ from torch import Tensor
 from safety.artifacts import fingerprint
 from safety.calibrate.caches import pack
 from safety.calibrate.progress import Progress
+from safety.decoding import typed_states
 from safety.defenses.sasa import projected_hidden
 from safety.inputs import open_image
 from safety.lvlm import LVLM, Trunk, hooks
@@ -31,7 +32,7 @@ from safety.mini.corpus import REFUSALS
 from safety.reading import type_out, undefended
 from safety.samples import Sample
 
-VERSION = 2  # of the files' content: raise it when what is observed changes
+VERSION = 3  # of the files' content: raise it when what is observed changes
 BATCH = 16  # samples that are answered together
 READ_TOKENS = 12  # of an answer, whose activations are averaged: about as long as a refusal
 CACHE_BYTES = 12 * 2**30  # disk for keys and values; what does not fit is computed again when it is needed
@@ -53,10 +54,10 @@ class Observed:
 
         "prompt.layers" [blocks, width] and "prompt.heads" [blocks, heads, head_dim]: at the last prompt position;
         "answer.…" and "refusal.…": the same, mean of the first tokens; "clean" and "s-f" [width]: post-norm, at the
-        last prompt position, of the clean and the projected streams; "typed" [width]: "clean" of the words that the
-        model reads in the picture, as a request of their own (without a picture, "clean" again); "states" [m, width]:
-        post-norm, those from which the m answer tokens were chosen; "cache" [2 * blocks, kv_heads, length + m,
-        head_dim], not of unanswered ones.
+        last prompt position, of the clean and the projected streams; "typed" [2 * width]: "clean" of the words that the
+        model reads in the picture, and of these above the prompt (without a picture, "clean" twice); "states"
+        [m, width]: post-norm, those from which the m answer tokens were chosen; "cache" [2 * blocks, kv_heads,
+        length + m, head_dim], not of unanswered ones.
         """
         with safetensors.safe_open(self.path, "pt") as file:
             return file.get_tensor(name)
@@ -143,9 +144,8 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
     for place, typed in enumerate(type_out(lvlm, prompts, pictures)):
         with _tapped(lvlm, lambda states: states[:, -1]) as tapped:
             trunk = lvlm.prefill(inputs[place], {block for pair in pairs for block in pair})
-        words = lvlm.prefill(typed.inputs, set()).hidden if typed else trunk.hidden.clone()  # files share no memory
         kept.append({f"prompt.{name}": value for name, value in tapped().items()}
-                    | {"clean": trunk.hidden.float().cpu(), "typed": words.float().cpu()})
+                    | {"clean": trunk.hidden.float().cpu(), "typed": typed_states(lvlm, trunk, typed).float().cpu()})
         for s, f in pairs:
             kept[-1][f"{s}-{f}"] = projected_hidden(lvlm, trunk, s, f, 1.0).float().cpu()
         trunk.states, trunk.block_kwargs, trunk.decoder_kwargs = {}, {}, {}

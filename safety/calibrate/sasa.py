@@ -189,7 +189,7 @@ def _logits(material: Material, which: np.ndarray, pair: tuple[int, int] | None)
 
 
 def _read(material: Material, which: np.ndarray) -> np.ndarray:
-    """[chosen, 2 * width] what mode "reading" judges: the request's state and that of its picture's words, typed."""
+    """[chosen, 3 * width] what mode "reading" judges: see `safety.reading`."""
     return torch.stack([torch.cat([material.observed[i].tensor("clean"), material.observed[i].tensor("typed")])
                         for i in indices(which)]).numpy()
 

@@ -35,8 +35,8 @@ _EXPLANATIONS = (
         "differently. SASA puts what the later one has understood in the early block’s place (the early state, "
         "projected onto the later one’s), so that safety gets to see what the request means; a small [probe] then "
         "reads off how harmful it is. At or above the [threshold] the answer is a refusal; below it the model "
-        "answers exactly as it would have [undefended]. A mode of ours also has the picture read aloud, and judges "
-        "those words as though somebody had typed them.",
+        "answers exactly as it would have [undefended]. A mode of ours also has the model say what is in the "
+        "picture, and judges those words as though somebody had typed them.",
     ),
     (
         "revision",
