@@ -61,7 +61,7 @@ def measured(about: dict[str, Any]) -> dict[str, Any] | None:
             kinds.append(kind)
     if not rows:
         return None
-    return {"lanes": [LANES[lane] for lane in lanes], "rows": rows, "sentence": _sentence(held_out, lanes, kinds),
+    return {"lanes": [LANES[lane] for lane in lanes], "rows": rows, "sentence": _sentence(held_out, kinds),
             "label": str(about.get("number_format") or "")}
 
 
@@ -77,10 +77,11 @@ def _cell(hits: int, n: int) -> dict[str, str]:
     return {"count": f"{hits} of {n}", "interval": f"{100 * found['low']:.0f}–{100 * found['high']:.0f} %"}
 
 
-def _sentence(held_out: dict[str, Any], lanes: list[str], kinds: list[str]) -> str:
-    """The two numbers that matter most, side by side: attacks refused, and harmless twins refused."""
-    lane = "all" if "all" in lanes else lanes[-1]
-    attack, twin = (_refused(held_out, lane, kind) if kind in kinds else None for kind in list(KINDS)[:2])
+def _sentence(held_out: dict[str, Any], kinds: list[str]) -> str:
+    """The two numbers that matter most, side by side: attacks refused, and harmless twins refused. Nothing where the
+    file has no lane of all defenses."""
+    attack, twin = (_refused(held_out, "all", kind) if "all" in held_out and kind in kinds else None
+                    for kind in list(KINDS)[:2])
     if attack is None or twin is None:
         return ""
     weak = attack[0] / attack[1] - twin[0] / twin[1] < 0.5
