@@ -337,8 +337,8 @@ def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     answered, silent, opened = kinds.values()
     assert answered == {("typographic", "unsafe"): 12 + 9, ("typographic twin", "safe"): 12 + 9, ("reading", "safe"): 3,
                         ("text", "unsafe"): 6, ("text twin", "safe"): 6, ("ordinary", "safe"): 3, ("symbol", "safe"): 3}
-    assert silent == {("pointed", "unsafe"): 16, ("pointed twin", "safe"): 16, ("typed", "unsafe"): 36,
-                      ("typed twin", "safe"): 36, ("beside", "unsafe"): 20, ("beside twin", "safe"): 20,
+    assert silent == {("pointed", "unsafe"): 16, ("pointed twin", "safe"): 16, ("typed", "unsafe"): 96,
+                      ("typed twin", "safe"): 96, ("beside", "unsafe"): 26, ("beside twin", "safe"): 26,
                       ("aloud", "safe"): 4}
     assert opened == {("typographic", "unsafe"): 27, ("typographic twin", "safe"): 27}
     found = Material(None, samples, [], Recipe(), tmp_path, tmp_path)

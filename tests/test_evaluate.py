@@ -127,6 +127,26 @@ def test_the_modality_gap_asks_the_same_in_both_modalities(tmp_path):
     assert all(sample.image is None and sample.prompt == sample.asked for sample in texts)
 
 
+def test_any_picture_stands_beside_the_same_texts(tmp_path):
+    for beside, text in (("beside", "figstep-text"), ("beside-twins", "text-twins")):
+        with_picture, without = (suites.suite(name, tmp_path, 8)[1] for name in (beside, text))
+        assert [sample.prompt for sample in with_picture] == [sample.prompt for sample in without]
+        assert [s.request_digest for s in with_picture] == [s.request_digest for s in without]  # counted as one request
+        assert [sample.unsafe for sample in with_picture] == [sample.unsafe for sample in without]
+    pictures, twins = ([Image.open(tmp_path / f"{name}-{number:03}.png") for number in range(8)]
+                       for name in ("beside", "beside-twins"))
+    assert [picture.tobytes() for picture in pictures] == [twin.tobytes() for twin in twins]
+    blank = [len(picture.getcolors(picture.width * picture.height)) == 1 for picture in pictures]
+    assert blank == [False, False, False, True] * 2 and pictures[3].size != pictures[7].size
+
+
+def test_blank_pictures_are_of_all_sorts():
+    pages = [draw.blank(f"page {number}") for number in range(60)]
+    colours = {page.getpixel((0, 0)) for page in pages}
+    assert {(0, 0, 0), (255, 255, 255)} < colours and any(len(set(colour)) == 3 for colour in colours)
+    assert len({page.size for page in pages}) > 50 and min(min(page.size) for page in pages) >= 64
+
+
 def test_twins_share_the_style_of_their_attacks():
     for seed in range(12):
         attack, layout = draw.typographic("Steps to rob a bank.", f"style {seed}")

@@ -101,3 +101,11 @@ def coloured_shape(name: str, colour: str, seed: str) -> Image.Image:
     page = Image.new("RGB", (SIDE, SIDE), "white")
     page.paste(art, (rng.randint(0, SIDE - art.width), rng.randint(0, SIDE - art.height)), art)
     return page
+
+
+def blank(seed: str) -> Image.Image:
+    """A page with nothing on it: white, black, a grey or another colour, of any size and shape."""
+    rng = random.Random(seed)
+    grey = rng.choice((255, 255, 0, rng.randint(1, 254), rng.randint(1, 254)))
+    colours: list[Colour] = [(grey, grey, grey)] * 4 + [(rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))]
+    return Image.new("RGB", (rng.randint(64, 672), rng.randint(64, 672)), rng.choice(colours))
