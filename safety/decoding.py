@@ -29,8 +29,9 @@ REFUSAL = "I'm sorry, but I can't help with that request."
 
 @dataclass(frozen=True)
 class Typed:
-    """A request as text for SASA's mode "reading". read: its picture in words; inputs: these words, and these above the
-    prompt, prepared without a picture; positions: how many the decoder ran to read, and runs to judge both."""
+    """A request as text for SASA's mode "reading". read: its picture in words; inputs, prepared without a picture: the
+    words, the prompt, and the words above the prompt, or the prompt alone where nothing was read; positions: how many
+    the decoder ran to read, and runs to judge."""
 
     read: str
     inputs: tuple[dict[str, Tensor], ...]
@@ -38,10 +39,12 @@ class Typed:
 
 
 def typed_states(lvlm: LVLM, trunk: Trunk, typed: Typed | None) -> Tensor:
-    """[2 * width] post-norm last states of the two requests in words; of the request itself twice where it has no
-    picture."""
-    return trunk.hidden.repeat(2) if typed is None else torch.cat([
-        lvlm.prefill(inputs, set()).hidden for inputs in typed.inputs])
+    """[3 * width] post-norm last states of the request's three forms as text; three times that of the prompt where no
+    words were read, and of the request itself where it has no picture."""
+    if typed is None:
+        return trunk.hidden.repeat(3)
+    states = [lvlm.prefill(inputs, set()).hidden for inputs in typed.inputs]
+    return torch.cat(states * (3 // len(states)))
 
 
 @dataclass

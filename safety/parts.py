@@ -20,9 +20,9 @@ class SasaArtifact:
     """probes: {(safety block, fused block): probe on the projected stream's first-token logits [vocabulary]};
     clean: the same on the clean stream's logits (mode "probe"); thresholds: the calibrated one of each way to judge,
     {"20-22": …, "clean": …, "per-input": …, "reading": …}, since probabilities of different probes are not alike;
-    reading: probe on three post-norm last states in a row [3 * width], of the request, of what is in its picture in
-    words, and of these words above the prompt, without the picture (mode "reading"; without a picture all three are the
-    request's). None where there was nothing to read."""
+    reading: probe on four post-norm last states in a row [4 * width] (mode "reading"): of the request, and as text,
+    without the picture, of what is in its picture in words, of the prompt, and of the words above the prompt (without a
+    picture all four are the request's). None where there was nothing to read."""
 
     probes: dict[tuple[int, int], Probe]
     clean: Probe
@@ -52,7 +52,7 @@ class SasaArtifact:
     def read(cls, tensors: Tensors, lvlm: LVLM) -> "SasaArtifact":
         """From what was stored; raises UserError where it does not fit the model."""
         names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-        features = {name: 3 * lvlm.width if name == "reading" else lvlm.vocabulary for name in names}
+        features = {name: 4 * lvlm.width if name == "reading" else lvlm.vocabulary for name in names}
         probes = {name: _read_probe(tensors, name, count, lvlm.device) for name, count in features.items()}
         clean, reading = probes.pop("clean"), probes.pop("reading", None)
         thresholds = {name.removesuffix(".threshold"): value.item() for name, value in tensors.items()

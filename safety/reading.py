@@ -1,9 +1,9 @@
 """What the undefended model says by itself: answers to learn from, and what it reads in a picture.
 
-SASA's mode "reading" (ours) judges a request three times: as it stands; what the model says is in its picture, as
-though somebody had typed it; and that typed above the prompt, without the picture. A model that was aligned on text may
-go along in a picture, or beside one, with what it takes for harmful when all of it is typed. Its own words bring a
-request into that form.
+SASA's mode "reading" (ours) judges a request four times: as it stands; and as text, without its picture: what the model
+says is in the picture, as though somebody had typed it, the prompt, and the two together. A model that was aligned on
+text may go along in a picture, or beside one, with what it takes for harmful when all of it is typed. Its own words
+bring a request into that form.
 """
 
 import re
@@ -56,7 +56,7 @@ def type_out(lvlm: LVLM, prompts: Sequence[str], pictures: Sequence[Image.Image 
             continue
         ids = next(answers)
         read = words_read(lvlm.text(ids), lvlm.markers)
-        texts = (read, f"{read}\n{prompt}") if read else (prompt, prompt)
+        texts = (read, prompt, f"{read}\n{prompt}") if read else (prompt,)
         inputs = tuple(lvlm.prepare(text, None, 0) for text in texts)
         positions = len(ids) + sum(part["input_ids"].shape[1] for part in (look, *inputs))
         found.append(Typed(read, inputs, positions))

@@ -75,18 +75,19 @@ class Oracle:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """[3 * width] for SASA's mode "reading": the last state of the request, of what its picture says, typed, and of
-        that above the prompt, without the picture."""
-        state = words = both = self.forward([])[0, -1]
+        """[4 * width] for SASA's mode "reading": the last state of the request, and, as text, of what its picture
+        says, of the prompt, and of that above the prompt."""
+        state = words = prompt = both = self.forward([])[0, -1]
         self.words = ""
         if self.image is not None:
             look = Oracle(self.lvlm, self.artifacts, READ_ALOUD, self.image).run(Lane("look"), ALOUD_TOKENS, [])
             said = [token for token in look.tokens if token not in self.lvlm.eos_ids]
             self.words = words_read(self.lvlm.text(said), self.lvlm.markers)
-            words, both = (Oracle(self.lvlm, self.artifacts, text).forward([])[0, -1]
-                           for text in ((self.words, f"{self.words}\n{self.prompt}") if self.words
-                                        else (self.prompt, self.prompt)))
-        return torch.cat([state, words, both])
+            prompt = words = both = Oracle(self.lvlm, self.artifacts, self.prompt).forward([])[0, -1]
+            if self.words:
+                words, both = (Oracle(self.lvlm, self.artifacts, text).forward([])[0, -1]
+                               for text in (self.words, f"{self.words}\n{self.prompt}"))
+        return torch.cat([state, words, prompt, both])
 
     @torch.no_grad()
     def run(self, lane: Lane, steps: int, refusal: list[int]) -> "Oracle":

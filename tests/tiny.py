@@ -72,7 +72,7 @@ def random_artifacts(lvlm: LVLM, seed: int = 1) -> Artifacts:
     scales = {f"{level}_{kind}": draw(*shape[:-1]).abs() for level, shape in shapes.items() for kind in ("mms", "pwd")}
     return Artifacts(
         sasa=SasaArtifact({(1, 3): probe(lvlm.vocabulary), (2, 4): probe(lvlm.vocabulary)}, probe(lvlm.vocabulary),
-                          reading=probe(3 * width)),
+                          reading=probe(4 * width)),
         revision=RevisionArtifact(vectors, scales, draw(blocks, heads).abs()),
         sapt=SaptArtifact(draw(3, width).to(lvlm.device), {"joint": probe(width), "frozen": probe(width)}),
         trace=TraceArtifact(probe(width), 0.5),

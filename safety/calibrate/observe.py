@@ -32,7 +32,7 @@ from safety.mini.corpus import REFUSALS
 from safety.reading import type_out, undefended
 from safety.samples import Sample
 
-VERSION = 3  # of the files' content: raise it when what is observed changes
+VERSION = 4  # of the files' content: raise it when what is observed changes
 BATCH = 16  # samples that are answered together
 READ_TOKENS = 12  # of an answer, whose activations are averaged: about as long as a refusal
 CACHE_BYTES = 12 * 2**30  # disk for keys and values; what does not fit is computed again when it is needed
@@ -54,10 +54,10 @@ class Observed:
 
         "prompt.layers" [blocks, width] and "prompt.heads" [blocks, heads, head_dim]: at the last prompt position;
         "answer.…" and "refusal.…": the same, mean of the first tokens; "clean" and "s-f" [width]: post-norm, at the
-        last prompt position, of the clean and the projected streams; "typed" [2 * width]: "clean" of the words that the
-        model reads in the picture, and of these above the prompt (without a picture, "clean" twice); "states"
-        [m, width]: post-norm, those from which the m answer tokens were chosen; "cache" [2 * blocks, kv_heads,
-        length + m, head_dim], not of unanswered ones.
+        last prompt position, of the clean and the projected streams; "typed" [3 * width]: "clean" as text, without the
+        picture, of the words that the model reads in it, of the prompt, and of the words above it (where there is no
+        picture, "clean" three times); "states" [m, width]: post-norm, those from which the m answer tokens were chosen;
+        "cache" [2 * blocks, kv_heads, length + m, head_dim], not of unanswered ones.
         """
         with safetensors.safe_open(self.path, "pt") as file:
             return file.get_tensor(name)

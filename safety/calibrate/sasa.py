@@ -189,7 +189,7 @@ def _logits(material: Material, which: np.ndarray, pair: tuple[int, int] | None)
 
 
 def _read(material: Material, which: np.ndarray) -> np.ndarray:
-    """[chosen, 3 * width] what mode "reading" judges: see `safety.reading`."""
+    """[chosen, 4 * width] what mode "reading" judges: see `safety.reading`."""
     return torch.stack([torch.cat([material.observed[i].tensor("clean"), material.observed[i].tensor("typed")])
                         for i in indices(which)]).numpy()
 

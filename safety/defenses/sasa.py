@@ -40,7 +40,7 @@ def pairs(settings: Sasa, artifact: SasaArtifact) -> list[tuple[int, int]]:
 def judge(lvlm: LVLM, trunk: Trunk, settings: Sasa, artifact: SasaArtifact, typed: Tensor) -> float:
     """Probability of harm from the first-token logits: of the projected stream ("gate") or the clean one ("probe").
     Of several projected streams the one counts whose probe is most certain. "reading" (ours) judges `trunk` together
-    with `typed` [2 * width], the post-norm last states of the picture's words and of these above the prompt."""
+    with `typed` [3 * width], the post-norm last states of its forms as text."""
     if settings.mode == "reading":
         assert artifact.reading is not None  # checked at the edge
         return artifact.reading.probability(torch.cat([trunk.hidden, typed])).item()
