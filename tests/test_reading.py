@@ -55,6 +55,16 @@ def test_every_picture_of_a_batch_is_judged_by_its_own_words(engine):
     assert gates(engine, requests[:1])[0][0].read != gates(engine, requests[2:])[0][0].read
 
 
+def test_where_nothing_is_read_the_prompt_alone_is_judged(engine, monkeypatch):
+    for module in ("safety.reading", "oracle"):
+        monkeypatch.setattr(f"{module}.words_read", lambda *_: "")
+    (event,), = gates(engine, [Request("What is it?", PICTURES[0])])
+    oracle = Oracle(engine.lvlm, engine.artifacts, "What is it?", PICTURES[0]).run(READING, 2, [])
+    assert event.read == "" and event.probability == pytest.approx(oracle.gate, abs=1e-4)
+    typed, = reading.type_out(engine.lvlm, ["What is it?"], PICTURES[:1])
+    assert len(typed.inputs) == 1  # one state, not the same one three times
+
+
 def test_only_a_lane_that_reads_has_the_picture_read_and_once_for_all(engine, monkeypatch):
     looks = []
     monkeypatch.setattr(reading, "undefended", lambda *args: looks.append(1) or [[70, 71]])
