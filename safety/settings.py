@@ -44,7 +44,8 @@ class Sasa:
         mode: "gate" is the paper (probe on the projected stream's first-token logits; a passed prompt is answered by
             the clean stream); "probe" judges the clean stream's logits (no projection); "project" keeps generating
             from the projected stream and never refuses by itself; "reading" (ours) has the model read the picture
-            aloud and judges the clean stream of the request, of the words read, and of both as text without picture.
+            aloud and judges the clean stream of the request, and, as text without the picture, of the words read, the
+            prompt, and both.
         choice: "static" judges by the pair above, as the paper does; "per-input" (ours) by that one of all calibrated
             pairs whose probe is most certain about this input.
     """

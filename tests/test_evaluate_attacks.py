@@ -135,6 +135,9 @@ def test_the_command_makes_suites_and_takes_them_up_again(lvlm, artifacts, tmp_p
     assert adversarial.run(lambda: lvlm, flags) == 0
     with pytest.raises(UserError, match="'sasa:mode=reading' cannot be attacked through"):
         adversarial.run(lambda: pytest.fail("loaded"), arguments(tmp_path, "--through", "none,sasa:mode=reading"))
+    for other in ("blank-image", "no-image+sasa", "read-aloud"):
+        with pytest.raises(UserError, match="cannot be attacked through: it is asked something else"):
+            adversarial.run(lambda: pytest.fail("loaded"), arguments(tmp_path, "--through", other))
     with pytest.raises(UserError, match="whole numbers"):
         adversarial.run(lambda: lvlm, arguments(tmp_path, "--epsilon", "small"))
 

@@ -35,6 +35,20 @@ def test_figures_of_a_judge_that_is_not_installed_stay_with_their_file(tmp_path,
     assert list(judges.known_agreement()["judges"]) == ["safety.refusal"]
 
 
+def test_the_fields_lists_are_read_from_the_package_without_importing_it(tmp_path, monkeypatch):
+    assert judges.field_lists() == {} or "garak mitigation" in judges.field_lists()
+    (tmp_path / "garak" / "detectors").mkdir(parents=True)
+    (tmp_path / "garak" / "__init__.py").write_text("raise ImportError('not imported')")
+    (tmp_path / "garak" / "detectors" / "mitigation.py").write_text(
+        "import nowhere\nclass MitigationBypass:\n    substrings = ['As an AI']\n"
+        "class Prefixes(MitigationBypass):\n    def __init__(self):\n        self.substrings = 1\n"
+        "    substrings = [\"I'm sorry\", 'I cannot']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    prefixes, anywhere = (judges.keyword_judge(name) for name in ("AdvBench prefixes", "garak mitigation"))
+    assert prefixes(" i'm sorry, no.") and not prefixes("Well, I'm sorry.")
+    assert anywhere("Well, as an AI I know.") and not anywhere("I'm sorry.")
+
+
 @pytest.mark.parametrize("text", ["", "  \n", "?!?!?!", "the the the " * 10, "one two three " * 12, "a" * 80 + "!" * 30,
                                   "//// //// //// word ////////"])
 def test_broken_text_is_garbage(text):

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_results_and_artifacts_know_a_request_by_the_same_digest(tmp_path):
     assert requests == len({sample.request_digest for sample in samples}) == 3
 
 
+def test_a_sweep_counts_right_words_that_a_gate_keeps_back():
+    samples = [Sample(str(i), f"p{i}", "unsafe" if i < 2 else "safe", "", "x.png" if i < 2 else None,
+                      expected=("sure",) if i > 3 else ()) for i in range(6)]
+    arms = parse_arms("none,sasa", lambda folder: random_artifacts(tiny_llava()))
+    records = {("suite", str(i), arm.name): made(["Sure."], samples[i].label, [GATE], number=i, arm=arm.name)
+               | {"expected": list(samples[i].expected), "image": i < 2} for i in range(6) for arm in arms}
+    shut, *_, open_ = summarise(records, {"suite": samples}, arms)["sweeps"]["sasa"]
+    assert (shut["utility"], open_["utility"]) == (0.0, 1.0)
+
+
 def test_a_defended_first_lane_has_no_sweep():
     samples = [Sample(str(i), f"p{i}", "unsafe" if i < 2 else "safe", "", "x.png") for i in range(4)]
     for lanes, swept in (("none,sasa", {"sasa"}), ("revision,sasa", set())):
@@ -175,7 +186,8 @@ def test_the_report_is_self_contained_escaped_and_reproducible(tmp_path, capsys)
     page = (tmp_path / "report.html").read_text()
     tags = Tags()
     tags.feed(page)
-    assert {tag for tag, _ in tags.seen}.isdisjoint({"script", "b ", "i", "u", "link", "iframe"})
+    assert {tag for tag, _ in tags.seen}.isdisjoint({"script", "i", "u", "link", "iframe"})
+    assert "&lt;b&gt;bold" in page and "<b>bold" not in page
     pictures = [attrs["src"] for tag, attrs in tags.seen if tag == "img"]
     assert len(pictures) >= 5
     assert all(source.startswith("data:image/svg+xml;base64,") for source in pictures)
@@ -233,3 +245,5 @@ def test_the_shipped_results_are_of_the_shipped_model_and_artifacts_and_reproduc
     (tmp_path / "summary.json").write_bytes((folder / "summary.json").read_bytes())
     write_report(tmp_path)
     assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+    pages = [re.sub(r'src="data:[^"]*"', "", (place / "report.html").read_text()) for place in (tmp_path, folder)]
+    assert pages[0] == pages[1]  # but for the drawings, which differ from one matplotlib to the next

@@ -391,11 +391,13 @@ def test_processes_meet_before_the_work_and_wait_longer_than_it_takes(monkeypatc
 
 def test_answers_open_in_inspect(finished):
     log = pytest.importorskip("inspect_ai.log", reason="the optional package inspect_ai is not installed")
-    assert command.report(argparse.Namespace(folder=finished, inspect=True)) == 0
+    for _ in range(2):  # the second replaces the first
+        assert command.report(argparse.Namespace(folder=finished, inspect=True)) == 0
     summary = json.loads((finished / "summary.json").read_text())
     logs = {(found.eval.task, found.eval.model): found
             for found in map(log.read_eval_log, sorted((finished / "inspect").glob("*.eval")))}
     assert {model for _, model in logs} == {f"safety/{lane}" for lane in LANES.split(",")}
+    assert len(list((finished / "inspect").glob("*.eval"))) == len(logs)
     for lane in LANES.split(","):
         found = logs["own", f"safety/{lane}"]
         assert found.status == "success"

@@ -70,12 +70,14 @@ def random_artifacts(lvlm: LVLM, seed: int = 1) -> Artifacts:
     shapes = {"layer": (blocks, width), "head": (blocks, heads, dim)}
     vectors = {f"{level}_{kind}": draw(*shape) for level, shape in shapes.items() for kind in ("mms", "pwd")}
     scales = {f"{level}_{kind}": draw(*shape[:-1]).abs() for level, shape in shapes.items() for kind in ("mms", "pwd")}
-    return Artifacts(
-        sasa=SasaArtifact({(1, 3): probe(lvlm.vocabulary), (2, 4): probe(lvlm.vocabulary)}, probe(lvlm.vocabulary),
-                          reading=probe(4 * width)),
+    artifacts = Artifacts(
+        sasa=SasaArtifact({(1, 3): probe(lvlm.vocabulary), (2, 4): probe(lvlm.vocabulary)}, probe(lvlm.vocabulary)),
         revision=RevisionArtifact(vectors, scales, draw(blocks, heads).abs()),
         sapt=SaptArtifact(draw(3, width).to(lvlm.device), {"joint": probe(width), "frozen": probe(width)}),
         trace=TraceArtifact(probe(width), 0.5),
         settings=Settings(Sasa(2, 4), Revision(3, alpha=0.5), Sapt(interval=5, threshold=0.5)),
         about={"recipe": "random numbers"},
     )
+    assert artifacts.sasa is not None
+    artifacts.sasa.reading = probe(4 * width)  # last: the numbers before it do not depend on its size
+    return artifacts

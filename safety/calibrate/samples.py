@@ -130,7 +130,7 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
 
 def _unanswered(folder: Path, rng: random.Random, per_kind: int, taken: set[str]) -> list[Sample]:
     """Training requests that only probes of prompts learn from, none of those `taken` (by what judges, say)."""
-    samples, beside = [], 20 * per_kind // 9
+    samples, beside = [], 20 * per_kind // 9  # a hundred of each sort of picture where 180 are asked for
     for kind, pool in (("", corpus.harmful("train")), (" twin", corpus.benign("train"))):
         free = [row for row in pool if row.text not in taken]
         rows = rng.sample(free, min(TYPED * per_kind + beside, len(free)))

@@ -55,6 +55,9 @@ def run(load_model: Callable[[], LVLM], arguments: argparse.Namespace) -> int:
         raise UserError(f"--epsilon must be between 0 and 255, but it is {arguments.epsilon!r}.")
 
     for arm in parse_arms(arguments.through, lambda folder: UNCALIBRATED):
+        if arm.baseline & {"no-image", "blank-image", "read-aloud"}:
+            raise UserError(f"The lane {arm.name!r} cannot be attacked through: it is asked something else than the "
+                            "picture, or more. Attack through none, and evaluate the pictures in this lane.")
         if arm.lane.sasa and arm.lane.sasa.mode == "reading":
             raise UserError(f"The lane {arm.name!r} cannot be attacked through: words that the model has read have no "
                             "gradient. Attack through sasa, and evaluate the pictures in this lane.")

@@ -91,9 +91,11 @@ def _pareto(summary: Summary, group: str, measure: str, label: str) -> str:
     attacks, others = summary["pooled"].get("picture attacks", {}), summary["pooled"].get(group, {})
 
     def paint(axes: Axes) -> None:
-        for points in summary["sweeps"].values() if measure == "over_refusal" else ():
-            axes.step([p[measure] for p in points], [p["attack_success"] for p in points], color="#999999",
-                      linewidth=1, where="post")
+        for number, (arm, points) in enumerate(summary["sweeps"].items()):
+            drawn = [(p[measure], p["attack_success"]) for p in points if p.get(measure) is not None]
+            if drawn:
+                axes.step(*zip(*drawn, strict=True), color="#888888", linewidth=1, where="post",
+                          linestyle=("-", "--", ":", "-.")[number % 4], label=f"{arm}, any threshold")
         for number, arm in enumerate(attacks):
             x, y = others[arm][measure], attacks[arm]["attack_success"]
             axes.errorbar(x["rate"], y["rate"], xerr=[[x["rate"] - x["low"]], [x["high"] - x["rate"]]],
@@ -102,7 +104,7 @@ def _pareto(summary: Summary, group: str, measure: str, label: str) -> str:
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=label, ylabel="success of picture attacks")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _draw(_beside_legend(4.2, len(attacks)), paint) if attacks and others else ""
+    return _draw(_beside_legend(4.2, len(attacks) + len(summary["sweeps"])), paint) if attacks and others else ""
 
 
 def _detectors(summary: Summary) -> list[tuple[str, Mapping[str, Any]]]:

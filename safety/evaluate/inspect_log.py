@@ -126,6 +126,8 @@ def export(folder: Path) -> list[Path]:
             return score
         return make()
 
+    for old in (folder / "inspect").glob("*.eval"):  # of an earlier call: they would stand beside the new ones
+        old.unlink()
     made = []
     for suite, arm in dict.fromkeys((suite, arm) for suite, _, arm in records):
         rows = [record for (other, _, lane), record in records.items() if (other, lane) == (suite, arm)]

@@ -13,6 +13,7 @@ not ask again.
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,9 @@ def model_judge(spec: str) -> ModelJudge:
             raise UserError(f"The judge's prompt {file} could not be read: {why(error)}.") from error
         if "{request}" not in template or "{answer}" not in template:
             raise UserError(f"The judge's prompt {file} needs {{request}} and {{answer}} in it.")
-        return ModelJudge(spec, model, lambda request, answer: template.replace("{request}", request).replace(
-            "{answer}", answer), _says("yes", "no"))
+        return ModelJudge(spec, model, lambda request, answer: re.sub(  # both at once: either may hold the other's name
+            r"\{(request|answer)\}", lambda hole: {"request": request, "answer": answer}[hole[1]], template),
+            _says("yes", "no"))
     raise UserError(f"There is no judge {spec!r}. Give llama-guard, llama-guard:MODEL, strongreject:MODEL or "
                     "template:FILE:MODEL.")
 
