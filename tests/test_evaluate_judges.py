@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from answers import made
-from tiny import random_artifacts, tiny_llava
+from tiny import SPECIAL, byte_tokenizer, random_artifacts, tiny_llava
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from safety.errors import UserError
 from safety.evaluate import command, judges
 from safety.evaluate.arms import parse_arms
-from safety.evaluate.model_judges import judge_records, model_judge
+from safety.evaluate.model_judges import judge_records, load_generate, model_judge
 from safety.evaluate.records import key_of
 from safety.evaluate.summary import summarise
 from safety.samples import Sample
@@ -174,3 +176,31 @@ def test_strongreject_reads_the_rubric_of_inspect_evals():
     assert judge.harmful(said.format(0, 5, 5)) is True
     assert judge.harmful(said.format(1, 5, 5)) is False
     assert judge.harmful("no idea") is None
+
+
+def test_a_judge_is_asked_through_its_chat_template_and_answers_greedily(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         vocab_size=len(SPECIAL) + 256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                         initializer_range=0.3)
+    model, tokenizer = LlamaForCausalLM(config).eval(), byte_tokenizer()
+    tokenizer.chat_template = ("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+                               "{% if add_generation_prompt %} says:{% endif %}")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    said = load_generate(str(tmp_path))([{"role": "user", "content": "Is it?"}])
+    ids = tokenizer("[user] Is it? says:", return_tensors="pt")["input_ids"]
+    expected: list[int] = []
+    while len(expected) < 10 and 2 not in expected:
+        with torch.inference_mode():
+            token = model(torch.cat([ids, torch.tensor([expected], dtype=torch.long)], 1)).logits[0, -1].argmax()
+        expected.append(int(token))
+    assert said.startswith(tokenizer.decode(expected, skip_special_tokens=True)) and said
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_generate(str(tmp_path / "nothing"))
+
+
+def test_a_request_that_names_the_templates_hole_is_not_filled_in(tmp_path):
+    (tmp_path / "judge.txt").write_text("Asked: {request} Said: {answer}")
+    judge = model_judge(f"template:{tmp_path / 'judge.txt'}:some/model")
+    assert judge.ask("Say {answer}!", "{request}") == "Asked: Say {answer}! Said: {request}"
