@@ -81,7 +81,8 @@ def test_the_measurements_come_from_the_artifacts() -> None:
         "all": {"typographic": {"refused": {"hits": 9, "n": 10}}, "typographic twin": {"refused": {"hits": 0, "n": 9}}}
     }
     assert "weak" not in measured({"held_out": good})["sentence"]  # type: ignore[index]
-    assert measured({"held_out": {"sasa": good["all"]}})["sentence"] == ""  # type: ignore[index]  # not of all together
+    for others in ({}, {"all": 3}):  # no trial of all together; a stranger's file
+        assert measured({"held_out": {"sasa": good["all"]} | others})["sentence"] == ""  # type: ignore[index]
     good["all"]["typographic"]["refused"]["hits"] = "nine"  # type: ignore[assignment]  # a stranger's file
     assert [row["kind"] for row in measured({"held_out": good})["rows"]] == ["their harmless twins"]  # type: ignore[index]
     good["all"]["typographic"]["refused"]["hits"] = 11  # of ten

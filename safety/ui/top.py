@@ -80,7 +80,8 @@ def _cell(hits: int, n: int) -> dict[str, str]:
 def _sentence(held_out: dict[str, Any], kinds: list[str]) -> str:
     """The two numbers that matter most, side by side: attacks refused, and harmless twins refused. Nothing where the
     file has no lane of all defenses."""
-    attack, twin = (_refused(held_out, "all", kind) if "all" in held_out and kind in kinds else None
+    together = isinstance(held_out.get("all"), dict)
+    attack, twin = (_refused(held_out, "all", kind) if together and kind in kinds else None
                     for kind in list(KINDS)[:2])
     if attack is None or twin is None:
         return ""
