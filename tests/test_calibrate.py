@@ -195,6 +195,15 @@ def test_an_unanswered_sample_teaches_probes_of_prompts_alone(lvlm, samples, tmp
     whole = calibrate(lvlm, given, [], tmp_path / "whole", tmp_path / "work", recipe=replace(RECIPE, answer_tokens=8))
     assert whole.sapt is not None and whole.about["trace"]["fitted_on_answers"] == 44
     assert whole.about["sample_digests"] == sorted({sample.request_digest for sample in given})
+    stages = []
+    part, without = (calibrate(lvlm, rows, [], tmp_path / f"sapt {len(rows)}", tmp_path / "fresh", ("sapt",),
+                               lambda *stage: stages.append(stage), recipe=replace(RECIPE, answer_tokens=8))
+                     for rows in (given, given[:56]))
+    assert [stage for stage in stages if stage[0] == "observing samples" and stage[1] in (0, 56)] == [
+        ("observing samples", 0, 56), ("observing samples", 56, 56), ("observing samples", 56, 56)]
+    for detector in ("joint", "frozen"):
+        probes = [made.sapt.detectors[detector].weight for made in (whole, part, without)]
+        assert torch.allclose(probes[0], probes[1], atol=1e-4) and torch.equal(probes[1], probes[2])
 
 
 def test_texts_that_nobody_answers_teach_all_probes_where_there_is_no_picture(lvlm, samples, tmp_path):

@@ -100,25 +100,28 @@ def sample_key(sample: Sample, *recipe: object) -> str:
 
 
 def observe(lvlm: LVLM, samples: Sequence[Sample], refusals: Sequence[str | None], pairs: Sequence[tuple[int, int]],
-            folder: Path, tokens: int, progress: Progress) -> list[Observed]:
+            folder: Path, tokens: int, progress: Progress, unanswered: bool = True) -> list[Observed]:
     """Observe the samples that have no file yet; returns all of them in order.
 
     Args:
         refusals: what a safe answer to each sample would be, for those from which contrasting pairs are made.
         pairs: safety and fused blocks of the projected streams that are run along.
         tokens: length of the undefended answers.
+        unanswered: those with an empty response too, which only probes of prompts learn from. Without, they have no
+            file, nothing is run for them, and no tensor of theirs can be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{sample_key(sample, refusal, pairs, tokens)}.safetensors"
              for sample, refusal in zip(samples, refusals, strict=True)]
-    left = {number for number, path in enumerate(paths) if not path.exists()}
+    wanted = [unanswered or sample.response != "" for sample in samples]
+    left = {number for number, path in enumerate(paths) if wanted[number] and not path.exists()}
     spent = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     batches = [range(start, min(start + BATCH, len(samples))) for start in range(0, len(samples), BATCH)]
     # Processes that share the work folder meet the batches in orders of their own, and leave out what is there by then.
     random.Random(os.getpid()).shuffle(batches)
-    with progress.stage("observing samples", len(samples), len(samples) - len(left)) as tick:
+    with progress.stage("observing samples", sum(wanted), sum(wanted) - len(left)) as tick:
         for batch in batches:
-            part = [number for number in batch if not paths[number].exists()]
+            part = [number for number in batch if wanted[number] and not paths[number].exists()]
             with lvlm.lock:
                 seen = list(_observe_batch(lvlm, part, samples, refusals, pairs, tokens)) if part else []
             for number, tensors, meta in seen:
@@ -129,7 +132,8 @@ def observe(lvlm: LVLM, samples: Sequence[Sample], refusals: Sequence[str | None
                 save_whole(tensors, paths[number], meta)
             for _ in left & set(batch):
                 tick()
-    return [_read(path) for path in paths]
+    return [_read(path) if needed else Observed(path, "", [], 0, 0)
+            for path, needed in zip(paths, wanted, strict=True)]
 
 
 @torch.inference_mode()

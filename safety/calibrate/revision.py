@@ -66,7 +66,8 @@ def _sides(material: Material, numbers: list[int]) -> tuple[Side, Side]:
     construction = material.recipe.construction
     if construction == "multi-instruction":
         pictures = np.array([sample.image is not None for sample in material.samples])
-        benign = indices(~material.unsafe & ~material.validation & material.openly & (pictures == pictures[numbers[0]]))
+        benign = indices(material.answered & material.openly & ~material.unsafe & ~material.validation
+                         & (pictures == pictures[numbers[0]]))
         return (_stored(material, benign[:material.recipe.pairs], "prompt"),
                 _stored(material, numbers, "prompt"))
     if construction == "text-response":

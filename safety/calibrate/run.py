@@ -71,7 +71,7 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
     refusals = [refusal_for(sample, index) if sample.unsafe and sample.response != "" else None
                 for index, sample in enumerate(samples)]
     observed = observe(lvlm, samples, refusals, sasa.tried_pairs(lvlm), work / "samples", recipe.answer_tokens,
-                       progress)
+                       progress, unanswered="sasa" in parts)
     material = Material(lvlm, samples, observed, recipe, work, out, progress)
     made = Artifacts()
     for part in parts:

@@ -149,7 +149,8 @@ def _checks(material: Material, soft: Tensor, lessons: dict[int, Lesson]) -> dic
 def _frozen(material: Material, soft: Tensor) -> Probe | None:
     """The released code's kind of detector: PCA to 4 components and logistic regression on text-only instructions, each
     followed by the soft prompt. None without enough of them."""
-    chosen = [i for i in indices(~material.validation & material.openly) if material.samples[i].image is None]
+    usable = material.answered & material.openly & ~material.validation
+    chosen = [i for i in indices(usable) if material.samples[i].image is None]
     labels = [bool(material.unsafe[i]) for i in chosen]
     if min(labels.count(True), labels.count(False)) < 8:
         return None
