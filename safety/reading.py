@@ -56,11 +56,17 @@ def type_out(lvlm: LVLM, prompts: Sequence[str], pictures: Sequence[Image.Image 
             continue
         ids = next(answers)
         read = words_read(lvlm.text(ids), lvlm.markers)
-        texts = (read, prompt, f"{read}\n{prompt}") if read else (prompt,)
-        inputs = tuple(lvlm.prepare(text, None, 0) for text in texts)
+        inputs = as_text(lvlm, read, prompt)
         positions = len(ids) + sum(part["input_ids"].shape[1] for part in (look, *inputs))
         found.append(Typed(read, inputs, positions))
     return found
+
+
+def as_text(lvlm: LVLM, read: str, prompt: str) -> tuple[dict[str, Tensor], ...]:
+    """Prepared without a picture: the words that were read, the prompt, and the words above the prompt; the prompt
+    alone where nothing was read."""
+    texts = (read, prompt, f"{read}\n{prompt}") if read else (prompt,)
+    return tuple(lvlm.prepare(text, None, 0) for text in texts)
 
 
 def words_read(answer: str, markers: Sequence[str] = ()) -> str:

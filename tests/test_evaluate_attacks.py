@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from tiny import random_artifacts, tiny_llava
 
+from safety import reading
 from safety.engine import Engine
 from safety.errors import UserError
-from safety.evaluate import adversarial
+from safety.evaluate import adversarial, attacks
 from safety.evaluate.attacks import Pgd, Surrogate, descend
 from safety.lvlm import hooks
 from safety.samples import read_samples
@@ -18,7 +19,7 @@ from safety.settings import Lane, Revision, Sapt, Sasa
 
 SASA = Sasa(2, 4, strength=0.8, threshold=0.4)
 LANES = [Lane("none"), Lane("sasa", sasa=SASA), Lane("probe", sasa=Sasa(2, 4, mode="probe")),
-         Lane("per input", sasa=Sasa(2, 4, choice="per-input")),
+         Lane("per input", sasa=Sasa(2, 4, choice="per-input")), Lane("reading", sasa=Sasa(2, 4, mode="reading")),
          Lane("revision", revision=Revision(3, alpha=0.7)),
          Lane("layer", revision=Revision(3, alpha=0.3, level="layer", positions="all")),
          Lane("sapt", sapt=Sapt(interval=4)), Lane("all", SASA, Revision(3, alpha=0.7), Sapt(interval=4))]
@@ -67,7 +68,9 @@ def merged(lvlm, surrogate):
 
 
 @pytest.mark.parametrize("lane", [lane for lane in LANES if lane.sasa], ids=lambda lane: lane.name)
-def test_the_attacked_probe_is_the_engines(lvlm, artifacts, image, lane):
+def test_the_attacked_probe_is_the_engines(lvlm, artifacts, image, lane, monkeypatch):
+    decoy = lvlm.tokenizer(attacks.DECOY, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(reading, "undefended", lambda *args: [decoy])  # the misreading that is wanted has come about
     answer, = Engine(lvlm, artifacts).answer("How?", image, lanes=[lane], max_new_tokens=1)
     surrogate = Surrogate(lvlm, artifacts, lane, "How?", image, TARGET)
     with torch.no_grad():
@@ -108,6 +111,25 @@ def test_descent_stays_in_the_ball_and_lowers_the_loss(lvlm, artifacts, image, l
     assert descend(surrogate, Pgd(epsilon, steps=12))[1] == losses
 
 
+def test_where_the_picture_is_read_the_attack_wants_it_misread(lvlm, artifacts, image):
+    """The loss, summed up the slow way: the answer, the harmless reading and the probe, each with a pass of its own."""
+    def said(prompt, answer):
+        inputs = lvlm.prepare(prompt, image, len(answer))
+        ids = torch.tensor([answer])
+        row = {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "pixel_values": inputs["pixel_values"]}
+        logits = lvlm.model(**row, attention_mask=torch.ones_like(row["input_ids"])).logits[0, -len(answer) - 1:-1]
+        return torch.nn.functional.cross_entropy(logits, ids[0]).item()
+
+    lane = next(lane for lane in LANES if lane.name == "reading")
+    surrogate = Surrogate(lvlm, artifacts, lane, "How?", image, TARGET)
+    apart = [said(prompt, lvlm.tokenizer(answer, add_special_tokens=False)["input_ids"])
+             for prompt, answer in (("How?", TARGET), ("What is in the picture?", attacks.DECOY))]
+    with torch.no_grad():
+        (logit, threshold), = surrogate.gate(merged(lvlm, surrogate))
+        push = torch.nn.functional.softplus(logit - threshold + attacks.MARGIN).item()
+        assert surrogate.loss(surrogate.pixels).item() == pytest.approx(sum(apart) + push, abs=1e-3)
+
+
 def test_a_model_that_cuts_pictures_up_is_refused(lvlm, artifacts, image, monkeypatch):
     prepare = lvlm.prepare
     monkeypatch.setattr(lvlm, "prepare", lambda *args: prepare(*args) | {"pixel_values": torch.zeros(16, 1176)})
@@ -133,8 +155,6 @@ def test_the_command_makes_suites_and_takes_them_up_again(lvlm, artifacts, tmp_p
     assert all(sample.unsafe and sample.asked == sample.prompt for rows in suites.values() for sample in rows)
     monkeypatch.setattr(adversarial, "descend", None)  # nothing is computed twice
     assert adversarial.run(lambda: lvlm, flags) == 0
-    with pytest.raises(UserError, match="'sasa:mode=reading' cannot be attacked through"):
-        adversarial.run(lambda: pytest.fail("loaded"), arguments(tmp_path, "--through", "none,sasa:mode=reading"))
     for other in ("blank-image", "no-image+sasa", "read-aloud"):
         with pytest.raises(UserError, match="cannot be attacked through: it is asked something else"):
             adversarial.run(lambda: pytest.fail("loaded"), arguments(tmp_path, "--through", other))
