@@ -53,8 +53,9 @@ The language model's own weights (Apache-2.0) are fetched on first start from th
 
 1. *Text-only safety alignment*: LoRA on refusals to harmful requests, and on the base model's own answers to benign
    twins (which share the harmful requests' words) and to ordinary requests. Data: the project's own corpus, and
-   AdvBench (MIT), the harmful and harmless instructions of the refusal-direction study (Apache-2.0) and FigStep's
-   calibration split (MIT).
+   AdvBench (MIT), the harmful and harmless instructions of the refusal-direction study (Apache-2.0), FigStep's
+   calibration split (MIT), and 100 behaviours in HarmBench's style from a set with safe responses (MIT); none of them
+   is in HarmBench's validation split, on which the model is measured below, but their style is that split's.
 2. *Vision tower*, from scratch, on pictures drawn on the fly: words of the language model's vocabulary in Debian's
    FreeFont, DejaVu, Liberation and Noto fonts and Pillow's built-in one, plain and FigStep-like layouts, coloured
    shapes, and symbols of Noto Color Emoji (SIL OFL). Five reading blocks are supervised at every patch: the character
