@@ -326,6 +326,10 @@ def test_alignment_resumes_to_the_same_weights(tiny, tmp_path, monkeypatch):
             align.align(tmp_path / "resumed", settings=settings)
     resumed = load_file(align.align(tmp_path / "resumed", settings=settings))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    monkeypatch.setattr(align.corpus, "public_rows", lambda folder: [align.corpus.Row(
+        "Forge a stamp", "harmful", "public", "public", "free", "public", "train")])
+    align.align(tmp_path / "resumed", tmp_path, settings)  # of other data: begun anew
+    assert len((tmp_path / "resumed" / "align.log").read_text().splitlines()) == 3 + 2 + 4
 
 
 def test_rate_and_degenerate_text():

@@ -256,6 +256,22 @@ def test_the_seed_of_the_command_reaches_the_alignment(monkeypatch: pytest.Monke
     assert seen == [(tmp_path, None, AlignSettings(seed=3), "cpu")]
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--data", "nowhere", "--stage", "align"], "lacks advbench.csv, figstep_dev.csv, harmful_train.csv"),
+    (["--measure", "--data", "nowhere"], "lacks figstep_dev.csv, harmbench_val.csv"),
+    (["--device", "cuda"], "no CUDA device"),
+    (["--scale", "nan"], "--scale must be a number above 0"),
+    (["--stage", "vision"], "fonts-noto-color-emoji"),
+])
+def test_what_would_spoil_a_build_is_said_before_its_first_stage(
+        flags: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("safety.mini.symbols.EMOJI_FONT", Path("nowhere"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("safety.mini.base.base_folder", lambda: pytest.fail("a stage was begun"))
+    assert cli.main(["mini", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_packed_turns_do_not_see_one_another() -> None:
     model, tokenizer = tiny_language_model(), ToyTokenizer()
     turns = [Turn("steps to", "bake bread"), Turn("red", "apple water garden")]

@@ -6,6 +6,7 @@ twins, which share their words and forms, and ordinary requests get the base mod
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -142,7 +143,8 @@ def align(
 
     Args:
         work_dir: folder for answers, checkpoint, log and result.
-        data_dir: folder with the public CSV files of ``corpus.public_rows``; without it only the own corpus is used.
+        data_dir: folder with the public CSV files of ``corpus.public_rows``; without it only the own corpus is used. A
+            checkpoint of other rows or settings is not resumed from.
         settings: the recipe; defaults to ``AlignSettings()``.
         device: "cpu" or "cuda".
     """
@@ -153,6 +155,8 @@ def align(
     model = load_base_lm(fast_dtype(device)).to(device)
     at_once = 64 if device == "cpu" else 512  # a GPU answers both numbers in about the same time
     answers = answer_all(model, tokenizer, training_prompts(data, settings), work / "answers.jsonl", at_once)
+    public = "\n".join(row.text for row in corpus.public_rows(data)) if data else ""
+    recipe = json.dumps([asdict(settings), hashlib.sha256(public.encode()).hexdigest()])
     torch.manual_seed(settings.seed)
     parameters = add_lora(model.get_decoder())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -160,7 +164,7 @@ def align(
     checkpoint = work / CHECKPOINT
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["settings"] == json.dumps(asdict(settings)):
+        if saved["recipe"] == recipe:
             first = saved["step"]
             optimizer.load_state_dict(saved["optimizer"])
             with torch.no_grad():
@@ -192,7 +196,7 @@ def align(
                 save_file(lora_state(model.get_decoder()), work / LORA_FILE)
                 state = {
                     "step": step + 1,
-                    "settings": json.dumps(asdict(settings)),
+                    "recipe": recipe,
                     "optimizer": optimizer.state_dict(),
                     "parameters": [parameter.detach().clone() for parameter in parameters],
                 }

@@ -256,6 +256,9 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+PUBLIC = ("harmless_train", "harmful_train", "advbench", "figstep_dev", "safe_responses")  # may train what is shipped
+
+
 def public_rows(data_dir: Path | str) -> list[Row]:
     """Training rows from the permissive public sets in a folder; files that are absent are skipped.
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from safety.errors import UserError
 from safety.mini.ahead import Ahead
+from safety.mini.corpus import PUBLIC
 from safety.mini.handwriting import Handwriting
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
@@ -40,9 +41,8 @@ Batch = tuple[Tensor, dict[str, Tensor]]
 
 def csv_texts(data: Path | None) -> list[str]:
     """All cells of the development sets that may train shipped weights; empty without the folder."""
-    names = ("harmless_train", "harmful_train", "advbench", "figstep_dev", "safe_responses")
     texts: list[str] = []
-    for path in (data / f"{name}.csv" for name in names) if data else ():
+    for path in (data / f"{name}.csv" for name in PUBLIC) if data else ():
         with path.open(newline="", encoding="utf-8") as file:
             texts += [cell for row in csv.reader(file) for cell in row]
     return texts
