@@ -75,33 +75,46 @@ def check_address(host: str, port: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the app until it is interrupted. Returns the exit status."""
+    """Run the app until it is interrupted, at any time. Returns the exit status."""
     flags = parse(arguments)
     try:
-        port = check_address(flags.host, flags.port)
-        if flags.artifacts is not None and not Path(flags.artifacts).is_dir():
-            raise UserError(f"--artifacts: there is no folder {flags.artifacts}. Give one that calibration wrote.")
-        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-        print(f"Opening the page and loading {flags.model} …", flush=True)
-        from safety.ui import Host, build_page, launch_options  # seconds of imports: not before the flags are good
-        from safety.ui.host import Choice
-        from safety.ui.mode import mode_of, trust_proxies
-        from safety.ui.space import use_zero_gpu
-
-        host = Host(mode=mode_of())
-        choice = Choice(flags.model, flags.quantization, flags.revision, flags.artifacts)
-        if ZERO_GPU:  # there, the model has to be in memory before the launch
-            host.switch(choice)
-            host.source = use_zero_gpu(host.ready())
-        else:
-            host.start(choice)
+        return serve(flags)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+
+
+def serve(flags: argparse.Namespace) -> int:
+    """Open the page, load the model behind it, and serve until interrupted.
+
+    Raises:
+        UserError: a flag or variable is wrong.
+    """
+    port = check_address(flags.host, flags.port)
+    if flags.artifacts is not None and not Path(flags.artifacts).is_dir():
+        raise UserError(f"--artifacts: there is no folder {flags.artifacts}. Give one that calibration wrote.")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+    print(f"Opening the page and loading {flags.model} …", flush=True)
+    from safety.ui import Host, build_page, launch_options  # seconds of imports: not before the flags are good
+    from safety.ui.host import Choice
+    from safety.ui.mode import mode_of, trust_proxies
+    from safety.ui.space import use_zero_gpu
+
+    host = Host(mode=mode_of())
+    choice = Choice(flags.model, flags.quantization, flags.revision, flags.artifacts)
+    if ZERO_GPU:  # there, the model has to be in memory before the launch
+        host.switch(choice)
+        host.source = use_zero_gpu(host.ready())
+    else:
+        host.start(choice)
     trust_proxies()
-    shown = "127.0.0.1" if flags.host in ("0.0.0.0", "::") else flags.host
+    address = f"[{flags.host}]" if ":" in flags.host else flags.host  # IPv6, as URLs and Gradio write it
+    shown = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(address, address)
     page = build_page(host)
-    page.launch(server_name=flags.host, server_port=port, quiet=True, prevent_thread_lock=True, **launch_options())
+    page.launch(server_name=address, server_port=port, quiet=True, prevent_thread_lock=True, **launch_options())
     print(f"Open http://{shown}:{port} in a browser; press Ctrl+C here to stop.", flush=True)
     report(host)
     page.block_thread()

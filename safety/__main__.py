@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safety.errors import UserError, why
+from safety.errors import UserError, out_of_memory, why
 from safety.flags import count
 from safety.settings import NEW_TOKENS, Lane, Sampling, check_length
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. A UserError, or a file or disk that fails, becomes one sentence on
-    stderr and status 2."""
+    """Run one command; returns the exit status. A UserError, a file or disk that fails, or memory that runs out becomes
+    one sentence on stderr and status 2."""
     parser = argparse.ArgumentParser(prog="python -m safety", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="answer one or many requests in several lanes")
@@ -78,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}. Check the path, its permissions and the free space.",
               file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: The memory ran out. Try fewer lanes, shorter answers, smaller pictures or batches, or a smaller "
+              "--quantization.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -181,7 +187,7 @@ def _single_request(prompt: str, image: Path | None) -> "Request":
 def _read_lines(path: Path) -> list[tuple[int, str]]:
     """(number from 1, text) of a file's lines that are not blank."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The requests file {path} could not be read: {why(error)}.") from error
     # Not splitlines(): JSON strings may hold other line separators as they are.
@@ -197,7 +203,7 @@ def _request(line: str, folder: Path) -> "Request":
     try:
         row = json.loads(line)
         prompt, image = row["prompt"], row.get("image")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError('This is not a JSON object with a "prompt".') from error
     if image is not None and not isinstance(image, str):
         raise UserError('"image" must be a path.')

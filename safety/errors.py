@@ -1,4 +1,4 @@
-"""The one kind of error that is meant for the person at the keyboard."""
+"""The one kind of error that is meant for the person at the keyboard, and what others are called."""
 
 
 def why(error: Exception) -> str:
@@ -6,6 +6,12 @@ def why(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "it is not text in UTF-8"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is it torch.OutOfMemoryError, a CPU allocation that failed, or Python's own?"""
+    name, words = type(error).__name__, str(error)
+    return name in ("OutOfMemoryError", "MemoryError") or "not enough memory" in words or "out of memory" in words
 
 
 class UserError(ValueError):

@@ -12,24 +12,28 @@ from safety.errors import UserError
 
 MAX_PIXELS = 40_000_000  # a 21 kB PNG can decode to gigabytes: the header is read first
 MAX_BYTES = 32 * 2**20
-MAX_SIDE = 1536  # larger pictures are shrunk; every vision tower sees less than this
+MAX_SIDE = 1536  # larger pictures are shrunk, also for models that cut pictures into tiles and could see more
 MAX_CHARACTERS = 8_000
+DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises at broken files
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
     """Open a picture safely: first frame, EXIF rotation applied, RGB on white, at most MAX_SIDE pixels a side.
 
     Args:
-        source: a path, or an already opened PIL image (checked for size alone).
+        source: a path, or an already opened PIL image, which is left as it is.
 
     Raises:
         UserError: the file is missing, too large, not a picture, truncated, or has more than MAX_PIXELS pixels.
     """
     if isinstance(source, Image.Image):
-        return _finish(source, "The image")
+        return _decode(source, "The image")
+    if not isinstance(source, str | Path):
+        raise UserError(f"The image must be a path or a PIL image, but it is of type {type(source).__name__}. "
+                        "Image.fromarray makes one of an array.")
     path = Path(source)
     name = f"The image {path.name!r}"
-    if not path.is_file():
+    if not _is_file(path):
         raise UserError(f"{name} was not found. Give the path of a PNG, JPEG, WebP, BMP, TIFF or GIF file.")
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{name} is larger than {MAX_BYTES // 2**20} MiB. Use a smaller file.")
@@ -37,30 +41,49 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"))
-        with image:
-            return _finish(image, name)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(_too_many_pixels(name)) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name} could not be read as a picture: it is damaged or of another type. "
-                        "Use a complete PNG, JPEG, WebP, BMP, TIFF or GIF file.") from error
+    except DAMAGED as error:
+        raise UserError(_damaged(name)) from error
+    with image:
+        return _decode(image, name, reduced=True)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, say
+        return False
+
+
+def _damaged(name: str) -> str:
+    return (f"{name} could not be read as a picture: it is damaged or of another type. "
+            "Use a complete PNG, JPEG, WebP, BMP, TIFF or GIF file.")
 
 
 def _too_many_pixels(name: str) -> str:
     return f"{name} has more than {MAX_PIXELS // 1_000_000} million pixels. Scale it down first."
 
 
-def _finish(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str, reduced: bool = False) -> Image.Image:
+    """`reduced`: a JPEG may be decoded at a smaller size, which changes the given object."""
     if image.width * image.height > MAX_PIXELS:
         raise UserError(_too_many_pixels(name))
     if min(image.size) < 1 or max(image.size) > 200 * min(image.size):
         raise UserError(f"{name} is {image.width} x {image.height} pixels, too narrow to be seen. Use another picture.")
-    image.seek(0)
-    image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # JPEG only: decode at reduced size
-    image.load()
-    image = ImageOps.exif_transpose(image)
+    try:
+        if image.tell():  # only sequences move
+            image.seek(0)
+        if reduced:
+            image.draft("RGB", (MAX_SIDE, MAX_SIDE))
+        image.load()
+        return _finish(ImageOps.exif_transpose(image))
+    except DAMAGED as error:
+        raise UserError(_damaged(name)) from error
+
+
+def _finish(image: Image.Image) -> Image.Image:
+    """RGB on white, at most MAX_SIDE pixels a side."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
         # Convert() would clip 16-bit greys to white: scale them to eight bits instead.
         top = 65535.0 if image.mode.startswith("I;16") or np.asarray(image).max() > 255 else 255.0

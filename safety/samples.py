@@ -77,7 +77,7 @@ def read_samples(path: Path) -> list[Sample]:
         UserError: names the line and what is wrong with it, a picture that is not there included.
     """
     try:  # not splitlines, which also cuts at separators that JSON strings may hold
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The sample file {path} could not be read: {why(error)}.") from error
     samples = []
@@ -87,7 +87,7 @@ def read_samples(path: Path) -> list[Sample]:
         try:
             row = json.loads(line)
             prompt, label, expected = row["prompt"], row["label"], row.get("expected") or []
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f'Line {number} of {path} needs a JSON object with "prompt" and "label".') from error
         if label not in ("safe", "unsafe"):
             raise UserError(f'Line {number} of {path}: "label" must be "safe" or "unsafe", but it is {label!r}.')

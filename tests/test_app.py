@@ -49,6 +49,29 @@ def test_app_opens_the_page_although_the_model_cannot_be_loaded(
     assert "The model was not found: check its name." in told and "Ready" not in told
 
 
+def test_app_listens_on_ipv6_too(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(app, "check_address", lambda host, port: int(port))  # a machine may have no IPv6
+    monkeypatch.setattr(app, "report", lambda host: None)
+    monkeypatch.setattr("safety.load", lambda *_, **__: None)
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: opened.append(options["server_name"]))
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda self: None)
+    for host in ("::1", "::"):
+        assert app.main(["--host", host]) == 0
+    told = capsys.readouterr().out
+    assert opened == ["[::1]", "[::]"] and told.count("Open http://[::1]:7860") == 2
+
+
+def test_app_can_be_stopped_while_the_model_loads(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(host: Any) -> None:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(app, "report", interrupt)
+    monkeypatch.setattr("safety.load", lambda *_, **__: None)
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: None)
+    assert app.main(["--port", "18766"]) == 130
+    assert "Stopped." in capsys.readouterr().err
+
+
 def test_app_takes_its_defaults_from_a_spaces_variables(monkeypatch: Any) -> None:
     monkeypatch.setenv("DEMO_MODEL", "org/model")
     monkeypatch.setenv("DEMO_QUANTIZATION", "nf4")

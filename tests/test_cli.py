@@ -5,6 +5,7 @@ import re
 
 import pytest
 from PIL import Image
+from test_inputs import png_header
 from tiny import random_artifacts, tiny_llava
 
 from safety import __main__ as cli
@@ -78,6 +79,39 @@ def test_bad_flags_give_a_sentence_and_status_2(generate, flags, message):
     assert status == 2 and message in err and "Traceback" not in err and not out
 
 
+def test_every_kind_of_bad_input_gives_a_sentence_and_the_next_request_works(generate, tmp_path):
+    Image.effect_noise((300, 300), 50).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:4000])
+    (tmp_path / "bomb.png").write_bytes(png_header(20_000, 20_000))
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("black", "red")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    rows = [({"prompt": "a", "image": "cut.jpg"}, "damaged"), ({"prompt": "a", "image": "bomb.png"}, "million pixels"),
+            ({"prompt": "x" * 100_000}, "100,000 characters"), ({"prompt": "a <image> b"}, "control marker"),
+            ({"prompt": 3}, "must be text"), ({"prompt": "a", "image": "a.gif"}, None)]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(row) for row, _ in rows))
+    status, out, _ = generate("--requests", str(tmp_path / "r.jsonl"), "--lanes", "none,all")
+    for line, (_, message) in zip(map(json.loads, out.splitlines()), rows, strict=True):
+        assert message in line["error"] if message else len(line["lanes"]) == 2
+    assert status == 2
+
+
+def test_artifacts_that_are_missing_or_tampered_with_are_refused(generate, tmp_path):
+    status, _, err = generate("--prompt", "a", "--artifacts", str(tmp_path / "nowhere"))
+    assert status == 2 and "nowhere" in err and "Traceback" not in err
+    path = tmp_path / "artifacts" / "sapt.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    status, _, err = generate("--prompt", "a")
+    assert status == 2 and "sapt.safetensors" in err and "Traceback" not in err
+
+
+def test_memory_that_runs_out_is_said(generate, lvlm, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 GiB")
+    monkeypatch.setattr(type(lvlm), "prefill", fail)
+    status, out, err = generate("--prompt", "a")
+    assert status == 2 and "memory ran out" in err and "Traceback" not in err and not out
+
+
 def test_an_unknown_lane_is_answered_with_the_lanes_that_generate_has(generate):
     _, _, err = generate("--prompt", "a", "--lanes", "magic")
     assert "none, sasa, revision, sapt, all" in err and "stacks" in err
@@ -85,13 +119,14 @@ def test_an_unknown_lane_is_answered_with_the_lanes_that_generate_has(generate):
 
 
 def test_malformed_lines_are_answered_in_their_place_and_numbered_as_in_the_file(generate, tmp_path):
-    bad = ["[1]", "{}", '{"prompt": "a", "image": 3}', "not json"]
-    (tmp_path / "r.jsonl").write_text("\n".join(['{"prompt": "one\u2028two"}', "", *bad, '{"prompt": "b"}']))
+    bad = ["[1]", "{}", '{"prompt": "a", "image": 3}', "not json", "[" * 100_000,
+           json.dumps({"prompt": "a", "image": "x" * 5000})]
+    (tmp_path / "r.jsonl").write_text("\n".join(['\ufeff{"prompt": "one\u2028two"}', "", *bad, '{"prompt": "b"}']))
     status, out, err = generate("--requests", str(tmp_path / "r.jsonl"), "--lanes", "none")
     lines = [json.loads(line) for line in out.splitlines()]
-    assert status == 2 and ["error" in line for line in lines] == [False, True, True, True, True, False]
+    assert status == 2 and ["error" in line for line in lines] == [False, *[True] * 6, False]
     assert all(line["model"] == "tiny" for line in lines)
-    assert [f"line {number}:" in err for number in range(1, 8)] == [False, False, True, True, True, True, False]
+    assert [f"line {number}:" in err for number in range(1, 10)] == [False, False, *[True] * 6, False]
 
 
 def test_a_file_without_requests_is_refused(generate, tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from safety.engine import Answer, Step
-from safety.errors import UserError
+from safety.errors import UserError, out_of_memory
 from safety.settings import Lane
 from safety.ui.board import STATE, View, view_of
 from safety.ui.host import Host
@@ -170,10 +170,10 @@ class LiveRun:
         return ""
 
     def _fail(self, error: Exception) -> str:
-        self._end("memory" if _out_of_memory(error) else "error")
+        self._end("memory" if out_of_memory(error) else "error")
         if isinstance(error, UserError):
             return str(error)
-        if _out_of_memory(error):
+        if out_of_memory(error):
             log.warning("A run was out of memory")
             return MEMORY
         log_bug("A run failed", error, private=not self.public)
@@ -201,12 +201,6 @@ class LiveRun:
             pairs=() if artifacts.sasa is None else artifacts.sasa.pairs,
             about=self.about,
         )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """torch.OutOfMemoryError, a CPU allocation that failed, or Python's own."""
-    name, words = type(error).__name__, str(error)
-    return name in ("OutOfMemoryError", "MemoryError") or "not enough memory" in words or "out of memory" in words
 
 
 def log_bug(what: str, error: Exception, private: bool) -> None:
