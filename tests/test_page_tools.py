@@ -135,6 +135,21 @@ def test_a_moved_threshold_re_marks_and_does_not_re_run(shared: Any, engine: Sta
     assert len(engine.requests) == asked
 
 
+def test_columns_of_one_name_are_re_marked_each_by_its_own_threshold(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        page.click(".editor .add")
+        for number in range(2):
+            card = page.locator(".lane-card").nth(number)
+            card.evaluate("card => { card.open = true; }")
+            card.locator(".lane-name input").fill("Mine")
+        ask(page, "Make a list.")
+        wait_for_end(page)
+        page.click(".lane-card >> nth=1 >> .defense-sasa .settings")
+        page.fill(".lane-card >> nth=1 >> .defense-sasa .number >> nth=0", "0.99")
+        page.wait_for_function("() => document.querySelectorAll('.badge')[2].textContent.includes('would pass')")
+        assert page.locator(".lane >> nth=1 >> .badge").inner_text() == "SASA 0.97 ≥ 0.50 → refused"
+
+
 def test_controls_that_do_nothing_in_a_mode_are_not_shown_in_it(
         browser: Any, address: str, engine: StandInEngine) -> None:
     with opened(browser, address) as page:

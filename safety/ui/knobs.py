@@ -52,6 +52,7 @@ def knobs_of(engine: Engine | None, max_new_tokens: int = MAX_NEW_TOKENS) -> Kno
         "sampling": _sampling(max_new_tokens),
         "layouts": {name: [_plain(lane) for lane in lanes] for name, lanes in layouts(engine).items()},
         "max_lanes": MAX_LANES - 1,
+        "undefended": UNDEFENDED,
         "start": starting_form(engine, max_new_tokens),
     }
 
@@ -173,7 +174,8 @@ def _sampling(max_new_tokens: int) -> list[Knobs]:
 def lanes_of(form: Any, engine: Engine) -> list[Lane]:
     """Turn a form into lanes, the undefended one first. Settings that the form leaves out are the calibrated ones.
 
-    A column in which no defense is on would repeat the undefended one: it is left out.
+    A column in which no defense is on would repeat the undefended one: it is left out. Names are made unique, as the
+    editor (static/editor.js, thresholds) does too.
 
     Raises:
         UserError: the form is not one, a defense is on that this model has no artifacts for, or a value is missing.

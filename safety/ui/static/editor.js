@@ -6,11 +6,22 @@ let form = null, open = new Set();  // open: the disclosures that the visitor op
 const copy = value => JSON.parse(JSON.stringify(value));
 const defenseOf = key => props.spec.defenses.find(defense => defense.key === key);
 
+// Each column's thresholds under the name that a run gives it: as in lanes_of (knobs.py), idle columns are left out, blank
+// names numbered and repeated ones marked.
+function thresholds() {
+  const told = {};
+  form.lanes.forEach((lane, i) => {
+    if (!props.spec.defenses.some(defense => lane[defense.key]?.on)) return;
+    let name = [...lane.name.trim()].slice(0, 40).join('') || `Column ${i + 1}`;
+    while (name === props.spec.undefended || Object.hasOwn(told, name)) name += ' ′';
+    told[name] = {sasa: lane.sasa?.on ? lane.sasa.threshold : undefined, sapt: lane.sapt?.on ? lane.sapt.threshold : undefined};
+  });
+  return told;
+}
+
 function publish() {  // hand the form to Gradio, and the thresholds to the board, which re-marks the last run
   props.value = copy(form);
-  const told = {};
-  for (const lane of form.lanes) told[lane.name] = {sasa: lane.sasa?.on ? lane.sasa.threshold : undefined, sapt: lane.sapt?.on ? lane.sapt.threshold : undefined};
-  window.dispatchEvent(new CustomEvent('safety:thresholds', {detail: told}));
+  window.dispatchEvent(new CustomEvent('safety:thresholds', {detail: thresholds()}));
   markLayout();
 }
 
