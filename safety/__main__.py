@@ -66,8 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return share.run(arguments, lambda: _load(arguments))
         if arguments.command == "bench":
             if arguments.gpu:
+                if arguments.json:
+                    raise UserError("With --gpu, results are written as JSON to --out: leave --json out.")
                 from safety import bench_gpu
                 return bench_gpu.run(arguments.repeats, arguments.out, arguments.tiny)
+            if arguments.tiny:
+                raise UserError("--tiny is a way to try --gpu out: give both, or neither.")
             from safety.bench import run as run_bench
             return run_bench(arguments.repeats, arguments.json)
         return build.run(arguments) or 0

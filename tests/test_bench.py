@@ -6,6 +6,9 @@ import pytest
 from tiny import random_artifacts, tiny_llava
 
 from safety import bench
+from safety.__main__ import main
+from safety.errors import UserError
+from safety.ui.lag import measure_lag
 
 
 @pytest.fixture
@@ -29,3 +32,30 @@ def test_every_ratio_is_measured_and_a_busy_machine_is_named(tiny, monkeypatch, 
     for row in rows:
         assert 0 < found[row]["low"] <= found[row]["median"] <= found[row]["high"] and found[row]["n"] == 2
     assert (words in printed.err) if words else "Other work" not in printed.err
+
+
+def test_the_table_says_what_is_met_and_what_is_missed(tiny, monkeypatch, capsys):
+    lags = iter(({"median": 0.04, "max": 0.07, "updates": 9}, {"median": 0.3, "max": 0.9, "updates": 9}, None))
+    monkeypatch.setattr(bench, "_page_lag", lambda: next(lags))
+    for said in ("worst 0.07 s behind  target ≤ 0.5: met", "worst 0.90 s behind  target ≤ 0.5: MISSED", "not measured"):
+        assert bench.run(1, as_json=False) == 0
+        table = capsys.readouterr().out
+        assert said in table and "1 repeats" in table
+        row = next(line for line in table.splitlines() if "lanes_vs_separate" in line)
+        assert "target ≤ 0.4" in row and ("met" in row or "MISSED" in row)
+
+
+@pytest.mark.parametrize(("flags", "says"), [(["--gpu", "--json"], "leave --json out"), (["--tiny"], "--gpu")])
+def test_flags_that_would_do_nothing_are_refused(flags, says, capsys):
+    assert main(["bench", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.browser
+def test_every_updates_way_into_the_browser_is_timed():
+    pytest.importorskip("playwright")
+    try:
+        lag = measure_lag(seconds=1)
+    except UserError as error:
+        pytest.skip(str(error))
+    assert 2 <= lag.updates <= 2 * 15 and 0 < lag.median <= lag.max

@@ -121,9 +121,15 @@ def test_requests_of_different_length_in_one_batch_equal_the_oracle(engine):
 @pytest.mark.parametrize("lane", [
     Lane("l", sasa=Sasa(1, 3, mode="project", strength=0.0)), Lane("l", revision=Revision(3, alpha=0.0)),
     Lane("l", revision=Revision(3, fraction=0.0)), Lane("l", sasa=Sasa(1, 3, threshold=NEVER)),
-    Lane("l", sapt=replace(SAPT, threshold=NEVER))])
+    Lane("l", revision=Revision(2, alpha=0.0, level="layer")),
+    Lane("l", revision=Revision(2, alpha=0.0, level="layer", positions="all")),
+    Lane("l", revision=Revision(2, alpha=0.0, units="std", vector="pwd")),
+    Lane("l", sapt=replace(SAPT, threshold=NEVER)),
+    Lane("l", Sasa(1, 3, mode="project", strength=0.0), Revision(2, 0.0), replace(SAPT, threshold=NEVER))])
 def test_zero_strength_is_the_identity(engine, lane):
-    assert run(engine, [lane])[0][0] == run(engine, [LANES["none"]])[0][0]
+    (tokens, _, harm), (plain_tokens, _, plain_harm) = run(engine, [lane])[0], run(engine, [LANES["none"]])[0]
+    assert tokens == plain_tokens
+    assert harm == pytest.approx(plain_harm, abs=1e-4)
 
 
 def test_the_end_check_sees_answers_shorter_than_the_interval(lvlm, engine):
@@ -170,8 +176,9 @@ def hook_count(lvlm):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lvlm.model.modules())
 
 
-def test_an_exception_and_a_closed_generator_leave_the_model_as_it_was(lvlm, engine, monkeypatch):
-    lanes = [LANES[name] for name in ("none", "all three", "project + revision everywhere")]
+@pytest.mark.parametrize("call", [2, 9, 40, 60, 150], ids=lambda call: f"block call {call}")  # reading, prefill, …
+def test_an_exception_and_a_closed_generator_leave_the_model_as_it_was(lvlm, engine, monkeypatch, call):
+    lanes = [LANES[name] for name in ("none", "all three", "project + revision everywhere", "reading passes")]
     expected = run(engine, lanes)
     hooks, weights = hook_count(lvlm), {name: p.clone() for name, p in lvlm.model.named_parameters()}
 
@@ -185,7 +192,7 @@ def test_an_exception_and_a_closed_generator_leave_the_model_as_it_was(lvlm, eng
 
     def broken(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 40:
+        if len(calls) == call:
             raise RuntimeError("out of memory")
         return forward(self, *args, **kwargs)
     monkeypatch.setattr(type(lvlm.layers[4]), "forward", broken)
