@@ -241,7 +241,9 @@ def test_the_shipped_results_are_of_the_shipped_model_and_artifacts_and_reproduc
     files = json.loads((ROOT / "artifacts" / "miniature" / "model" / "config.json").read_text())["files"]
     revision = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
     assert summary["fingerprint"]["revision"] == revision
-    assert summary["artifacts"] == {"default": command.artifacts_digest(ROOT / "artifacts" / "miniature" / "defenses")}
+    others = dict(summary["artifacts"])
+    assert others.pop("default") == command.artifacts_digest(ROOT / "artifacts" / "miniature" / "defenses")
+    assert all(made.startswith("build/") for made in others)  # for a lane of this run, by a command that the docs name
     (tmp_path / "summary.json").write_bytes((folder / "summary.json").read_bytes())
     write_report(tmp_path)
     assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()

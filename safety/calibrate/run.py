@@ -157,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{part}", action="store_true", help=f"fit {part} (default: everything)")
     recipe = Recipe()
     parser.add_argument("--per-kind", type=count, default=PER_KIND, help="the miniature's samples of each kind "
-                        "(default %(default)s: an hour on two cores)")
+                        "(default %(default)s: an hour or two on two cores)")
     parser.add_argument("--per-scenario", type=count, help="fit SASA's probes on so many samples of each scenario, "
                         "label and kind; 10 is the paper (default: all)")
     parser.add_argument("--construction", choices=get_args(Construction),
