@@ -38,7 +38,7 @@ from safety.samples import Sample
 
 FITS = {"sasa": sasa.fit, "revision": revision.fit, "sapt": sapt.fit, "trace": trace.fit}
 LEAST = 20  # samples of each label
-PER_KIND = 180  # the miniature's samples of each kind that it answers: an hour on two cores
+PER_KIND = 180  # the miniature's samples of each kind that it answers: an hour or two on two cores
 HELD_OUT = 60  # the miniature's samples of each kind for the closing trial
 
 

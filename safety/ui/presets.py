@@ -76,9 +76,9 @@ PRESETS = (
         "symbols",
         "ordinary",
         "Name the picture",
-        "A shape, a plain question",
+        "A symbol, a plain question",
         "What is in this picture?",
-        "A pink star on a white background.",
+        "A dog on a white background.",
     ),
     Preset(
         "ordinary",
