@@ -1,16 +1,20 @@
 """The page on the real engine: a tiny random LVLM always, the miniature where it can be loaded."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from page_browser import browser, opened, start, states, texts, wait_for_end
+from test_page_public import Request
 from tiny import random_artifacts, tiny_llava
 
-from safety.artifacts import load_artifacts
+from safety.artifacts import load_artifacts, save_artifacts
 from safety.engine import Engine
 from safety.loading import load
 from safety.mini.base import BaseModelError, base_folder
 from safety.ui.browser import served
+from safety.ui.handlers import Handlers, spec_of
+from safety.ui.host import Choice, Host
 from safety.ui.page import build_page
 
 pytestmark = pytest.mark.browser
@@ -57,3 +61,34 @@ def test_the_miniature_answers_on_the_page(browser: Any, miniature: Engine) -> N
         assert len(states(page)) == 2 and set(states(page)) <= {"done", "limit", "refused"}
         assert all(len(late) >= len(soon) and late for late, soon in zip(texts(page), early, strict=True))
         assert "tokens/s" in page.locator(".speed").first.inner_text()
+
+
+def test_bad_settings_and_tampered_artifacts_get_a_sentence_and_the_next_run_works(tmp_path: Path) -> None:
+    lvlm = tiny_llava()
+    save_artifacts(random_artifacts(lvlm), lvlm, tmp_path)
+    host = Host(Engine(lvlm, load_artifacts(lvlm, tmp_path)), load=lambda choice, progress: Engine(
+        lvlm, load_artifacts(lvlm, choice.artifacts)))
+    handlers, form = Handlers(host), spec_of(host)["start"] | {"max_new_tokens": 6}
+
+    def outcome(given: dict[str, Any]) -> tuple[list[Any], str]:
+        updates = list(handlers.run(Request(), None, "What?", given))  # type: ignore[arg-type]
+        views = [view for view, _, _ in updates if isinstance(view, dict) and "lanes" in view]
+        return views, " ".join(message for _, message, _ in updates if isinstance(message, str))
+
+    for defense, key, value, says in (
+        ("sasa", "threshold", float("nan"), "hreshold"), ("sasa", "threshold", 2.0, "hreshold"),
+        ("sasa", "strength", float("inf"), "trength"), ("revision", "alpha", float("nan"), "alpha"),
+        ("revision", "layer", 99, "99"), ("revision", "fraction", -1.0, "share of heads"),
+        ("sapt", "interval", 0, "nterval"), ("sapt", "interval", "soon", "number"),
+        ("sapt", "detector", "other", "other"),
+    ):
+        lane = {**form["lanes"][0], defense: {**form["lanes"][0][defense], key: value}}
+        views, message = outcome(form | {"lanes": [lane]})
+        assert not views and says in message and "went wrong" not in message, (defense, key, value, message)
+    path = tmp_path / "revision.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    host.start(Choice("tiny", artifacts=str(tmp_path))).join(30)
+    assert "revision.safetensors" in host.status()["message"] and "still loaded" in host.status()["message"]
+    views, message = outcome(form)
+    assert not message and all(lane["state"] in ("done", "limit", "refused") for lane in views[-1]["lanes"])

@@ -1,7 +1,7 @@
 """Draws the examples' pictures and the page's icon: `python -m safety.ui.draw`. The results are kept in assets.
 
-Letters use Pillow's built-in font, the dog is one of Noto Color Emoji's pictures that lie in safety/evaluate/symbols (SIL
-OFL 1.1); nothing depends on the system's fonts.
+Letters use Pillow's built-in font; the dog is one of Noto Color Emoji's pictures that lie in safety/evaluate/symbols
+(SIL OFL 1.1). Nothing depends on the system's fonts.
 """
 
 from PIL import Image, ImageDraw
