@@ -14,6 +14,7 @@ MAX_PIXELS = 40_000_000  # a 21 kB PNG can decode to gigabytes: the header is re
 MAX_BYTES = 32 * 2**20
 MAX_SIDE = 1536  # larger pictures are shrunk, also for models that cut pictures into tiles and could see more
 MAX_CHARACTERS = 8_000
+BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises at broken files
 
 
@@ -41,7 +42,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except BOMBS:
         raise UserError(_too_many_pixels(name)) from None
     except DAMAGED as error:
         raise UserError(_damaged(name)) from error
@@ -78,6 +79,8 @@ def _decode(image: Image.Image, name: str, reduced: bool = False) -> Image.Image
             image.draft("RGB", (MAX_SIDE, MAX_SIDE))
         image.load()
         return _finish(ImageOps.exif_transpose(image))
+    except BOMBS:  # a frame can be larger than its picture
+        raise UserError(_too_many_pixels(name)) from None
     except DAMAGED as error:
         raise UserError(_damaged(name)) from error
 
