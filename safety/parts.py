@@ -36,10 +36,7 @@ class SasaArtifact:
 
     def threshold(self, settings: Sasa) -> float:
         """The calibrated threshold of the settings' way to judge; their own where none was calibrated."""
-        pair = f"{settings.safety_layer}-{settings.fused_layer}"
-        other = {"probe": "clean", "reading": "reading"}.get(settings.mode)
-        way = other or ("per-input" if settings.choice == "per-input" else pair)
-        return self.thresholds.get(way, settings.threshold)
+        return self.thresholds.get(settings.way, settings.threshold)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored."""

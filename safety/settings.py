@@ -57,6 +57,13 @@ class Sasa:
     mode: Literal["gate", "probe", "project", "reading"] = "gate"
     choice: Literal["static", "per-input"] = "static"
 
+    @property
+    def way(self) -> str:
+        """Which probe judges: "clean", "reading", "per-input", or a pair of blocks such as "20-22". Each has a
+        calibrated threshold of its own."""
+        other = {"probe": "clean", "reading": "reading"}.get(self.mode)
+        return other or ("per-input" if self.choice == "per-input" else f"{self.safety_layer}-{self.fused_layer}")
+
     def check(self, blocks: int) -> None:
         """Raise UserError unless the values fit a decoder of `blocks` blocks."""
         _whole("SASA safety layer", self.safety_layer, 0, blocks - 2)

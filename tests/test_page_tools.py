@@ -135,6 +135,23 @@ def test_a_moved_threshold_re_marks_and_does_not_re_run(shared: Any, engine: Sta
     assert len(engine.requests) == asked
 
 
+def test_a_threshold_of_another_probe_re_marks_nothing(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        ask(page, "Make a list.")
+        wait_for_end(page)
+        page.click(".defense-sasa .settings")
+        sasa = page.locator(".defense-sasa")
+        ran = page.locator(".badge").nth(1).inner_text()
+        sasa.get_by_label("Mode", exact=True).select_option(label="Reading too (ours)")
+        sasa.get_by_label("Threshold", exact=True).first.fill("0.99")  # of a probe that did not run
+        page.wait_for_timeout(300)
+        assert page.locator(".badge").nth(1).inner_text() == ran and "≥ 0.50 → refused" in ran
+        assert "Re-marked" not in page.locator(".summary").nth(1).inner_text()
+        sasa.get_by_label("Mode", exact=True).select_option(index=0)
+        sasa.get_by_label("Threshold", exact=True).first.fill("0.99")
+        page.wait_for_function("() => document.querySelectorAll('.badge')[1].textContent.includes('would pass')")
+
+
 def test_columns_of_one_name_are_re_marked_each_by_its_own_threshold(browser: Any, address: str) -> None:
     with opened(browser, address) as page:
         page.click(".editor .add")

@@ -125,6 +125,7 @@ def _lane_view(lane: Lane, answer: Answer, state: str, wait: str, alarm: float |
         ],
         marks=[_mark(event) for event in answer.events if event.type in ("check", "injection")],
         badge=_badge(lane, answer, state),
+        judges=_judges(lane),
         covered=hidden if hidden < count else None,
         summary=answer.summary() if state in ENDED and count else "",
         speed=_speed(answer) if count else "",
@@ -173,6 +174,7 @@ def _lane(name: str, **values: Any) -> View:
         "others": [],
         "marks": [],
         "badge": None,
+        "judges": {},
         "covered": None,
         "summary": "",
         "speed": "",
@@ -191,6 +193,17 @@ def _mark(event: Event) -> View:
         "t": event.threshold,
         "fired": event.fired,
     }
+
+
+def _judges(lane: Lane) -> View:
+    """What gave the probabilities of this lane. A moved threshold says something about them only as long as its column's
+    settings (static/editor.js, judges) name the same: another probe would have seen something else."""
+    found: View = {}
+    if lane.sasa is not None:
+        found["sasa"] = [lane.sasa.way, lane.sasa.strength if lane.sasa.mode == "gate" else None]
+    if lane.sapt is not None:
+        found["sapt"] = [lane.sapt.detector, lane.sapt.interval, lane.sapt.end_check]
+    return found
 
 
 def _badge(lane: Lane, answer: Answer, state: str) -> View | None:

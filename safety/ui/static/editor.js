@@ -6,6 +6,12 @@ let form = null, open = new Set();  // open: the disclosures that the visitor op
 const copy = value => JSON.parse(JSON.stringify(value));
 const defenseOf = key => props.spec.defenses.find(defense => defense.key === key);
 
+// What gives a column's probabilities, as in _judges (board.py): another probe is another number.
+const judges = lane => ({
+  sasa: lane.sasa?.on ? [wayOf(lane.sasa), lane.sasa.mode === 'gate' ? lane.sasa.strength : null] : undefined,
+  sapt: lane.sapt?.on ? [lane.sapt.detector, lane.sapt.interval, lane.sapt.end_check] : undefined,
+});
+
 // Each column's thresholds under the name that a run gives it: as in lanes_of (knobs.py), idle columns are left out, blank
 // names numbered and repeated ones marked.
 function thresholds() {
@@ -14,7 +20,7 @@ function thresholds() {
     if (!props.spec.defenses.some(defense => lane[defense.key]?.on)) return;
     let name = [...lane.name.trim()].slice(0, 40).join('') || `Column ${i + 1}`;
     while (name === props.spec.undefended || Object.hasOwn(told, name)) name += ' ′';
-    told[name] = {sasa: lane.sasa?.on ? lane.sasa.threshold : undefined, sapt: lane.sapt?.on ? lane.sapt.threshold : undefined};
+    told[name] = {sasa: lane.sasa?.threshold, sapt: lane.sapt?.threshold, judges: judges(lane)};
   });
   return told;
 }

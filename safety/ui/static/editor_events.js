@@ -98,6 +98,8 @@ const unpack = text => JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(
 
 window.addEventListener('safety:link', event => {
   const prompt = document.querySelector('#prompt textarea').value, preset = document.querySelector('#examples .card-fill[aria-pressed="true"]')?.dataset.key ?? null;
+  const own = !preset && document.querySelector('#image img');  // an example's picture comes with the link
+  event.detail.told = own ? 'Link copied. Your picture is not in it: whoever opens it has to add the picture.' : 'Link copied.';
   event.detail.link = `${location.origin}${location.pathname}#s=${pack({form, prompt, preset})}`;
 });
 

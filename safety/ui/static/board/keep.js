@@ -96,6 +96,6 @@ keepBox.querySelector('.save-link').addEventListener('click', () => {
   const answer = {};
   window.dispatchEvent(new CustomEvent('safety:link', {detail: answer}));
   const show = () => setText(kept, answer.link);  // without a clipboard, the link itself
-  if (navigator.clipboard) navigator.clipboard.writeText(answer.link).then(() => setText(kept, 'Link copied.'), show);
+  if (navigator.clipboard) navigator.clipboard.writeText(answer.link).then(() => setText(kept, answer.told), show);
   else show();
 });

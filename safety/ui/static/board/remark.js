@@ -83,16 +83,16 @@ function summaryText(lane, view) {
   return parts.length ? `Re-marked, not re-run: ${parts.join('; ')}.` : lane.summary;
 }
 
-// The editor tells which thresholds its lanes have now.
+// The editor tells which thresholds its lanes have now, and what judges in them. A threshold re-marks what the same judge said.
 window.addEventListener('safety:thresholds', event => {
   if (!shown || !shown.lanes.every(lane => ENDED.includes(lane.state))) return;
   marks.clear();
   for (const lane of shown.lanes) {
     const now = event.detail[lane.name], check = lane.marks.find(mark => mark.type === 'check');
     if (!now) continue;
-    const moved = {};
-    if (lane.badge && now.sasa !== undefined && now.sasa !== lane.badge.t) moved.sasa = now.sasa;
-    if (check && now.sapt !== undefined && now.sapt !== check.t) moved.sapt = now.sapt;
+    const moved = {}, same = key => now.judges[key] && JSON.stringify(now.judges[key]) === JSON.stringify(lane.judges[key]);
+    if (lane.badge && same('sasa') && now.sasa !== lane.badge.t) moved.sasa = now.sasa;
+    if (check && same('sapt') && now.sapt !== check.t) moved.sapt = now.sapt;
     if (Object.keys(moved).length) marks.moved[lane.name] = moved;
   }
   schedule();
