@@ -196,8 +196,8 @@ def _mark(event: Event) -> View:
 
 
 def _judges(lane: Lane) -> View:
-    """What gave the probabilities of this lane. A moved threshold says something about them only as long as its column's
-    settings (static/editor.js, judges) name the same: another probe would have seen something else."""
+    """What gave the probabilities of this lane. A moved threshold says something about them only while the settings of
+    its column (static/editor.js, judges) name the same: another probe would have seen something else."""
     found: View = {}
     if lane.sasa is not None:
         found["sasa"] = [lane.sasa.way, lane.sasa.strength if lane.sasa.mode == "gate" else None]
