@@ -234,7 +234,7 @@ def test_no_summary_no_report(tmp_path):
 SHIPPED = ROOT / "artifacts" / "miniature" / "evaluation"
 
 
-@pytest.mark.parametrize("folder", [SHIPPED, *(SHIPPED / name for name in ("ablations", "block-10", "published"))],
+@pytest.mark.parametrize("folder", [SHIPPED, *(SHIPPED / name for name in ("ablations", "block-10", "perturbed", "published"))],
                          ids=lambda folder: folder.name)
 def test_the_shipped_results_are_of_the_shipped_model_and_artifacts_and_reproducible(tmp_path, folder):
     summary = json.loads((folder / "summary.json").read_text())
