@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safety.errors import UserError, out_of_memory, why
+from safety.errors import UserError, out_of_memory
 from safety.flags import count
 from safety.settings import NEW_TOKENS, Lane, Sampling, check_length
 
@@ -130,10 +130,13 @@ def _generate(arguments: argparse.Namespace) -> int:
     from safety.artifacts import load_artifacts
     from safety.engine import Engine
     from safety.evaluate.arms import UNCALIBRATED
+    from safety.samples import numbered_lines
     if arguments.requests is not None and arguments.image is not None:
         raise UserError("With --requests, give each image in its line of the file instead of --image.")
     # All that needs no model is refused before one is loaded.
-    lines = _read_lines(arguments.requests) if arguments.requests else [(1, "")]
+    lines = numbered_lines(arguments.requests, "requests file") if arguments.requests else [(1, "")]
+    if not lines:
+        raise UserError(f'{arguments.requests} holds no requests. Write one {{"prompt": …}} per line.')
     asked = None if arguments.requests else _single_request(arguments.prompt, arguments.image)
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
     sampling.check()
@@ -186,19 +189,6 @@ def _single_request(prompt: str, image: Path | None) -> "Request":
     from safety.engine import Request
     from safety.inputs import check_prompt, open_image
     return Request(check_prompt(prompt, []), open_image(image) if image else None)
-
-
-def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """(number from 1, text) of a file's lines that are not blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The requests file {path} could not be read: {why(error)}.") from error
-    # Not splitlines(): JSON strings may hold other line separators as they are.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f'{path} holds no requests. Write one {{"prompt": …}} per line.')
-    return lines
 
 
 def _request(line: str, folder: Path) -> "Request":

@@ -70,20 +70,27 @@ class Sample:
         return hashlib.sha256(self.asked.strip().lower().encode() + about).hexdigest()[:16]
 
 
+def numbered_lines(path: Path, what: str) -> list[tuple[int, str]]:
+    """(number from 1, text) of a file's lines that are not blank.
+
+    Raises:
+        UserError: `what` at this path cannot be read, and why.
+    """
+    try:  # not splitlines, which also cuts at separators that JSON strings may hold
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The {what} {path} could not be read: {why(error)}.") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def read_samples(path: Path) -> list[Sample]:
     """Read and check a sample file; image paths come back resolved.
 
     Raises:
         UserError: names the line and what is wrong with it, a picture that is not there included.
     """
-    try:  # not splitlines, which also cuts at separators that JSON strings may hold
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The sample file {path} could not be read: {why(error)}.") from error
     samples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path, "sample file"):
         try:
             row = json.loads(line)
             prompt, label, expected = row["prompt"], row["label"], row.get("expected") or []
