@@ -94,10 +94,23 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], bar: type | 
                                       tqdm_class=bar or _bar_class(name, lambda line: None)))
 
 
+def at_twentieths(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """A report of (bytes so far, bytes in total) that passes on only those at which another twentieth is done."""
+    told = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal told
+        if done * 20 // total > told:
+            told = done * 20 // total
+            tell(done, total)
+    return report
+
+
 def _bar_class(name: str, progress: Progress) -> type:
     """A tqdm class that says how far the bytes are, at every twentieth, instead of drawing a bar."""
     from tqdm import tqdm
-    told = 0.0
+    report = at_twentieths(lambda done, total: progress(
+        f"Downloading {name}: {done / 1e9:.1f} of {total / 1e9:.1f} GB ({done / total:.0%})"))
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -105,11 +118,9 @@ def _bar_class(name: str, progress: Progress) -> type:
             self.counts_bytes = kwargs.get("unit") == "B"
 
         def update(self, n: float | None = 1) -> None:
-            nonlocal told
             self.n += n or 0
-            if self.counts_bytes and self.total and self.n / self.total >= told + 0.05:
-                told = self.n / self.total
-                progress(f"Downloading {name}: {self.n / 1e9:.1f} of {self.total / 1e9:.1f} GB ({told:.0%})")
+            if self.counts_bytes and self.total:
+                report(int(self.n), int(self.total))
     return Bar
 
 

@@ -71,19 +71,15 @@ def _load_miniature(quantization: str | None, device: str, progress: Progress) -
     if quantization == "nf4" or (quantization == "int8" and device == "cuda"):
         raise UserError(f"The miniature is too small for {quantization} on {device}. "
                         "Use --quantization none or bf16, or int8 on a CPU.")
-    told = 0
 
     def fetched(done: int, total: int) -> None:
-        nonlocal told
-        if done * 20 // total > told:  # at every twentieth, as for models of the Hub
-            told = done * 20 // total
-            progress(f"Fetching the miniature's language model (once): {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+        progress(f"Fetching the miniature's language model (once): {done / 1e6:.0f} of {total / 1e6:.0f} MB")
         if done >= total:
             progress("Converting the language model (once, some twenty seconds) …")
 
     progress("Loading the miniature LVLM …")
     model, processor = load_miniature(torch.bfloat16 if quantization == "bf16" else torch.float32, device,
-                                      progress=fetched)
+                                      progress=hub.at_twentieths(fetched))
     if quantization == "int8":
         quantize_linears(model.get_decoder())
         model.lm_head = Int8Linear(model.lm_head)
