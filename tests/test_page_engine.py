@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from page_browser import browser, opened, start, states, texts, wait_for_end
-from test_page_public import Request
+from test_page_public import outcome
 from tiny import random_artifacts, tiny_llava
 
 from safety.artifacts import load_artifacts, save_artifacts
@@ -70,11 +70,6 @@ def test_bad_settings_and_tampered_artifacts_get_a_sentence_and_the_next_run_wor
         lvlm, load_artifacts(lvlm, choice.artifacts)))
     handlers, form = Handlers(host), spec_of(host)["start"] | {"max_new_tokens": 6}
 
-    def outcome(given: dict[str, Any]) -> tuple[list[Any], str]:
-        updates = list(handlers.run(Request(), None, "What?", given))  # type: ignore[arg-type]
-        views = [view for view, _, _ in updates if isinstance(view, dict) and "lanes" in view]
-        return views, " ".join(message for _, message, _ in updates if isinstance(message, str))
-
     for defense, key, value, says in (
         ("sasa", "threshold", float("nan"), "hreshold"), ("sasa", "threshold", 2.0, "hreshold"),
         ("sasa", "strength", float("inf"), "trength"), ("revision", "alpha", float("nan"), "alpha"),
@@ -83,12 +78,13 @@ def test_bad_settings_and_tampered_artifacts_get_a_sentence_and_the_next_run_wor
         ("sapt", "detector", "other", "other"),
     ):
         lane = {**form["lanes"][0], defense: {**form["lanes"][0][defense], key: value}}
-        views, message = outcome(form | {"lanes": [lane]})
-        assert not views and says in message and "went wrong" not in message, (defense, key, value, message)
+        view, message = outcome(handlers, "What?", form=form | {"lanes": [lane]})
+        assert view is None and says in message and "went wrong" not in message, (defense, key, value, message)
     path = tmp_path / "revision.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     host.start(Choice("tiny", artifacts=str(tmp_path))).join(30)
     assert "revision.safetensors" in host.status()["message"] and "still loaded" in host.status()["message"]
-    views, message = outcome(form)
-    assert not message and all(lane["state"] in ("done", "limit", "refused") for lane in views[-1]["lanes"])
+    view, message = outcome(handlers, "What?", form=form)
+    assert not message and view is not None
+    assert all(lane["state"] in ("done", "limit", "refused") for lane in view["lanes"])

@@ -5,6 +5,7 @@ let form = null, open = new Set();  // open: the disclosures that the visitor op
 
 const copy = value => JSON.parse(JSON.stringify(value));
 const defenseOf = key => props.spec.defenses.find(defense => defense.key === key);
+const defensesOn = lane => props.spec.defenses.filter(defense => lane[defense.key]?.on);
 
 // What gives a column's probabilities, as in _judges (board.py): another probe is another number.
 const judges = lane => ({
@@ -17,7 +18,7 @@ const judges = lane => ({
 function thresholds() {
   const told = {};
   form.lanes.forEach((lane, i) => {
-    if (!props.spec.defenses.some(defense => lane[defense.key]?.on)) return;
+    if (!defensesOn(lane).length) return;
     let name = [...lane.name.trim()].slice(0, 40).join('') || `Column ${i + 1}`;
     while (name === props.spec.undefended || Object.hasOwn(told, name)) name += ' ′';
     told[name] = {sasa: lane.sasa?.threshold, sapt: lane.sapt?.threshold, judges: judges(lane)};
@@ -147,7 +148,7 @@ function laneCard(lane, index) {
   const tell = () => {
     told.replaceChildren();
     html('b', '', told, lane.name);
-    const on = props.spec.defenses.filter(d => lane[d.key]?.on), named = on.length === 1 && on[0].short === lane.name;
+    const on = defensesOn(lane), named = on.length === 1 && on[0].short === lane.name;
     html('small', '', told, named ? on[0].hint : on.map(d => d.short).join(' · ') || 'nothing intervenes');
   };
   tell();
