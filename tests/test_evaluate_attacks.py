@@ -74,10 +74,25 @@ def test_the_attacked_probe_is_the_engines(lvlm, artifacts, image, lane, monkeyp
     answer, = Engine(lvlm, artifacts).answer("How?", image, lanes=[lane], max_new_tokens=1)
     surrogate = Surrogate(lvlm, artifacts, lane, "How?", image, TARGET)
     with torch.no_grad():
-        (logit, threshold), = surrogate.gate(merged(lvlm, surrogate))
+        with surrogate.watched() as clean:
+            lvlm.model.base_model(**surrogate.inputs, use_cache=False)
+        (logit, threshold), = surrogate.gate(clean)
     gate = next(event for event in answer.events if event.type == "gate")
     assert torch.sigmoid(logit).item() == pytest.approx(gate.probability, abs=1e-4)
     assert (logit.item() >= threshold) == gate.fired
+
+
+def test_the_attacked_probe_judges_what_is_not_yet_revised(lvlm, artifacts, image):
+    revise = Revision(3, alpha=0.7)
+    both, revised, gated = (Surrogate(lvlm, artifacts, lane, "How?", image, TARGET)
+                            for lane in (Lane("both", SASA, revise), Lane("revision", revision=revise),
+                                         Lane("sasa", SASA)))
+    with torch.no_grad():
+        with gated.watched() as clean:
+            lvlm.model.base_model(**gated.inputs, use_cache=False)
+        (logit, threshold), = gated.gate(clean)
+        push = torch.nn.functional.softplus(logit - threshold + attacks.MARGIN).item()
+        assert both.loss(both.pixels).item() == pytest.approx(revised.loss(revised.pixels).item() + push, abs=1e-4)
 
 
 @pytest.mark.parametrize("revise", [None, Revision(3, alpha=0.7)], ids=["alone", "revised"])
@@ -125,7 +140,9 @@ def test_where_the_picture_is_read_the_attack_wants_it_misread(lvlm, artifacts, 
     apart = [said(prompt, lvlm.tokenizer(answer, add_special_tokens=False)["input_ids"])
              for prompt, answer in (("How?", TARGET), ("What is in the picture?", attacks.DECOY))]
     with torch.no_grad():
-        (logit, threshold), = surrogate.gate(merged(lvlm, surrogate))
+        with surrogate.watched() as clean:
+            lvlm.model.base_model(**surrogate.inputs, use_cache=False)
+        (logit, threshold), = surrogate.gate(clean)
         push = torch.nn.functional.softplus(logit - threshold + attacks.MARGIN).item()
         assert surrogate.loss(surrogate.pixels).item() == pytest.approx(sum(apart) + push, abs=1e-3)
 

@@ -10,7 +10,7 @@ picture misread: the cross-entropy of a harmless reading is added, and the probe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,16 @@ class Pgd:
         return max(1.0, 2.5 * self.epsilon / self.steps)
 
 
+@dataclass
+class Clean:
+    """One pass without edits, a batch of one: {block: keyword arguments} and {block: [1, n, width] output} of the
+    blocks, and the post-norm states [1, n, width]. SASA's streams begin from it."""
+
+    block_kwargs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
+    end: Tensor | None = None
+
+
 class Surrogate:
     """The attacker's loss of one request as a function of the pixels.
 
@@ -82,11 +92,14 @@ class Surrogate:
     def loss(self, pixels: Tensor) -> Tensor:
         """Loss of pixels [1, 3, side, side] in [0, 1]; differentiable."""
         values = (pixels - self._mean) / self._std
-        with self._revised():
+        with self.watched() as clean, self._revised():
             total, embeds = self._said(self.inputs, self.ids, values)
         if self.decoy:
             total = total + self._said(self.look, self.decoy, values)[0]
-        for logit, threshold in [*self.gate(embeds), *self.checks(embeds)]:
+        if self.lane.sasa and self.lane.revision:  # SASA judges before anything is revised
+            with self.watched() as clean:
+                self.lvlm.decoder(inputs_embeds=embeds[:, :self.length], use_cache=False)
+        for logit, threshold in [*self.gate(clean), *self.checks(embeds)]:
             total = total + softplus(logit - threshold + MARGIN)
         return total
 
@@ -105,33 +118,47 @@ class Surrogate:
             states = self.lvlm.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
         return cross_entropy(self.lvlm.lm_head(states[length - 1:-1]).float(), ids[0]), embeds[0]
 
-    def gate(self, embeds: Tensor) -> list[tuple[Tensor, float]]:
-        """(logit, the threshold's logit) of SASA's probe; nothing without SASA. embeds [1, n, width], merged."""
-        settings, artifact = self.lane.sasa, self.artifacts.sasa
-        if settings is None or artifact is None or settings.mode == "project":
-            return []
-        taken: dict[int, Tensor] = {}
-        block_kwargs: dict[int, dict[str, Any]] = {}
+    @contextmanager
+    def watched(self) -> Iterator[Clean]:
+        """Keep what SASA's streams begin from, of the pass that is made inside."""
+        clean = Clean()
+
+        def ended(module: Any, args: Any, output: Any) -> None:
+            clean.end = output.last_hidden_state
         with hooks() as add:
             for block in range(self.lvlm.blocks):
                 add(self.lvlm.layers[block].register_forward_pre_hook(
-                    lambda module, args, kwargs, block=block: block_kwargs.update({block: kwargs}), with_kwargs=True))
+                    lambda module, args, kwargs, block=block: clean.block_kwargs.update({block: kwargs}),
+                    with_kwargs=True))
                 add(self.lvlm.layers[block].register_forward_hook(
-                    lambda module, args, output, block=block: taken.update({block: output})))
-            clean = self.lvlm.decoder(inputs_embeds=embeds[:, :self.length], use_cache=False).last_hidden_state
+                    lambda module, args, output, block=block: clean.states.update({block: output})))
+            add(self.lvlm.decoder.register_forward_hook(ended))
+            yield clean
+
+    def gate(self, clean: Clean) -> list[tuple[Tensor, float]]:
+        """(logit, the threshold's logit) of SASA's probe; nothing without SASA.
+
+        Args:
+            clean: a pass on the request; what follows it does not matter, since every position sees only those before.
+        """
+        settings, artifact = self.lane.sasa, self.artifacts.sasa
+        if settings is None or artifact is None or settings.mode == "project":
+            return []
+        assert clean.end is not None
+        last = clean.end[0, self.length - 1]
         if settings.mode == "reading":
             assert artifact.reading is not None  # checked at the edge
-            logits = [_logit(artifact.reading, torch.cat([clean[0, -1], self.typed.to(clean)]))]
+            logits = [_logit(artifact.reading, torch.cat([last, self.typed.to(last)]))]
         elif settings.mode == "probe":
-            logits = [_logit(artifact.clean, self.lvlm.lm_head(clean[0, -1]))]
+            logits = [_logit(artifact.clean, self.lvlm.lm_head(last))]
         else:
             logits = []
             for safety, fused in pairs(settings, artifact):
-                states = project(taken[safety], taken[fused], settings.strength)
+                states = project(clean.states[safety], clean.states[fused], settings.strength)
                 for block in range(safety + 1, self.lvlm.blocks):
-                    states = self.lvlm.layers[block](states, **block_kwargs[block])
+                    states = self.lvlm.layers[block](states, **clean.block_kwargs[block])
                 logits.append(_logit(artifact.probes[safety, fused],
-                                     self.lvlm.lm_head(self.lvlm.decoder.norm(states)[0, -1])))
+                                     self.lvlm.lm_head(self.lvlm.decoder.norm(states)[0, self.length - 1])))
         return [(max(logits, key=lambda logit: logit.detach().abs()), _inverse(settings.threshold))]
 
     def checks(self, embeds: Tensor) -> list[tuple[Tensor, float]]:
