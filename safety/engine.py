@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,9 +87,10 @@ class Engine:
                                 "Run it again as soon as a model is ready.")
             began = time.perf_counter()
             reads = any(lane.sasa and lane.sasa.mode == "reading" for lane in lanes)
-            typed = type_out(self.lvlm, [request.prompt for request in requests], pictures, cancel) if reads else ()
-            run = Run(self.lvlm, self.artifacts, lanes, max_new_tokens, sampling)
-            yield from run.steps(inputs, cancel, typed, began)
+            with self.lvlm.encoding_once() if reads else nullcontext():
+                typed = type_out(self.lvlm, [request.prompt for request in requests], pictures, cancel) if reads else ()
+                run = Run(self.lvlm, self.artifacts, lanes, max_new_tokens, sampling)
+                yield from run.steps(inputs, cancel, typed, began)
         finally:
             self.lvlm.lock.release()
 

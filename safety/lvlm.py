@@ -143,6 +143,30 @@ class LVLM:
                             f"{self.context}. Shorten the prompt or the answer.")
         return dict(inputs)
 
+    @contextmanager
+    def encoding_once(self) -> Iterator[None]:
+        """Inside, what the vision tower made of a picture is kept until the same pixels are asked for a second time.
+        The caller holds `lock`."""
+        base = self.model.base_model
+        kept: list[tuple[Any, Any]] = []
+        encode = getattr(base, "get_image_features", None)  # so called in every family of transformers
+        if encode is None:
+            yield
+            return
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            for place, (asked, features) in enumerate(kept):
+                if _same(asked, (args, kwargs)):
+                    del kept[place]
+                    return features
+            kept.append(((args, kwargs), encode(*args, **kwargs)))
+            return kept[-1][1]
+        base.get_image_features = once
+        try:
+            yield
+        finally:
+            del base.get_image_features
+
     @torch.inference_mode()
     def prefill(self, inputs: dict[str, Tensor], taps: set[int]) -> Trunk:
         """Encode the image and run the prompt once. `taps`: the blocks whose outputs are kept."""
@@ -229,6 +253,19 @@ class LVLM:
     def text(self, ids: list[int]) -> str:
         """Plain text of generated tokens; control tokens are left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Are two values, tensors or containers of them equal?"""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
 
 
 def unsupported(model: Any) -> str:

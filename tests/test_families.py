@@ -32,6 +32,26 @@ def test_every_lane_equals_the_oracle_with_an_image_and_then_without(family):
         assert_like_oracle(engine, picture, [READING])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_that_is_read_is_encoded_once(family):
+    lvlm = build(family)
+    engine = Engine(lvlm, random_artifacts(lvlm))
+    base = lvlm.model.base_model
+    encode, encoded = type(base).get_image_features, []
+
+    def counted(self, *args, **kwargs):
+        encoded.append(1)
+        return encode(self, *args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(base), "get_image_features", counted)
+        for picture in (Image.new("RGB", (56, 56)), Image.new("RGB", (56, 56), "red")):
+            engine.answer("Tell me", picture, lanes=[READING], max_new_tokens=2)
+        assert len(encoded) == 2
+        engine.answer("Tell me", picture, lanes=[READING], max_new_tokens=2)
+        assert len(encoded) == 3  # nothing is kept from one run to the next
+    assert "get_image_features" not in vars(base)
+
+
 def test_the_architectures_that_are_said_to_be_checked_are_those_checked_here():
     assert {model_type for model_type, *_ in FAMILIES.values()} == CHECKED
 

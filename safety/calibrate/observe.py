@@ -122,7 +122,7 @@ def observe(lvlm: LVLM, samples: Sequence[Sample], refusals: Sequence[str | None
     with progress.stage("observing samples", sum(wanted), sum(wanted) - len(left)) as tick:
         for batch in batches:
             part = [number for number in batch if wanted[number] and not paths[number].exists()]
-            with lvlm.lock:
+            with lvlm.lock, lvlm.encoding_once():
                 seen = list(_observe_batch(lvlm, part, samples, refusals, pairs, tokens)) if part else []
             for number, tensors, meta in seen:
                 size = tensors["cache"].nbytes if "cache" in tensors else 0

@@ -92,10 +92,11 @@ class Surrogate:
     def loss(self, pixels: Tensor) -> Tensor:
         """Loss of pixels [1, 3, side, side] in [0, 1]; differentiable."""
         values = (pixels - self._mean) / self._std
-        with self.watched() as clean, self._revised():
-            total, embeds = self._said(self.inputs, self.ids, values)
-        if self.decoy:
-            total = total + self._said(self.look, self.decoy, values)[0]
+        with self.lvlm.encoding_once():
+            with self.watched() as clean, self._revised():
+                total, embeds = self._said(self.inputs, self.ids, values)
+            if self.decoy:
+                total = total + self._said(self.look, self.decoy, values)[0]
         if self.lane.sasa and self.lane.revision:  # SASA judges before anything is revised
             with self.watched() as clean:
                 self.lvlm.decoder(inputs_embeds=embeds[:, :self.length], use_cache=False)
