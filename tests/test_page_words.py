@@ -33,6 +33,10 @@ def test_a_run_in_plain_words() -> None:
     assert "missed it" in verdict(lanes, [went, answer("Sure, go on")], ["done", "done"], harmful=True)
     many = [*lanes, Lane("SASA", Sasa(1, 2))]
     assert "1 of the 2 defended columns refused (Defended)" in verdict(many, [went, refused, went], ["done"] * 3)
+    assert "None of the 2 defended columns refused." in verdict(many, [went, went, went], ["done"] * 3)
+    assert "Both defended columns refused (Defended and" in verdict(many, [went, refused, refused], ["done"] * 3)
+    four = [*many, many[1]]
+    assert "All 3 defended columns refused" in verdict(four, [went, refused, refused, refused], ["done"] * 4)
 
 
 def test_broken_words_are_not_said_to_go_along() -> None:
