@@ -217,6 +217,8 @@ def test_columns_are_added_swept_set_to_the_papers_and_removed(shared: Any, engi
     shared.click(".editor .reset")
     shared.click(".editor .add")
     shared.fill("#lane-name-1", "Mine")
+    assert shared.locator("[aria-label='Remove the column Mine']").count() == 1
+    assert shared.locator(".settings[aria-label$=' in Mine']").count() == 3
     shared.click(".lane-card >> nth=1 >> .defense-sasa .switch input")
     shared.click(".editor [data-values=paper]")
     ask(shared, "Hello?")
@@ -315,7 +317,12 @@ def test_exports_hold_the_run_and_escape_everything(
     assert "<b>Make</b> a list" in page.locator("dl").inner_text()
     assert page.locator("figure img").evaluate("img => img.complete && img.naturalWidth > 100")
     assert page.locator(".banner").count() == 0 and page.locator("article").first.inner_text().count("Done") == 1
+    assert "remarked" not in run
     set_range(shared, ".alarm-knob input", 0.01)
+    with shared.expect_download() as saved:
+        shared.click(".save-json")
+    again = json.loads(Path(saved.value.path()).read_text("utf-8"))
+    assert again.pop("remarked") == {"alarm": 0.01, "thresholds": {}} and again == run  # what the run gave stays
     with shared.expect_download() as saved:
         shared.click(".save-html")
     shared.click(".alarm-knob button")
@@ -392,6 +399,8 @@ def test_the_page_is_painted_before_the_model_and_takes_it_in(browser: Any) -> N
         page.click(".load button")
         page.wait_for_selector(".model-status:visible")
         page.wait_for_function("() => document.querySelector('.model-status').textContent.includes('still loaded')")
+        page.click(".dismiss")
+        assert not page.is_visible(".model-status")
         page.keyboard.press("Escape")
         start(page)
         wait_for_end(page)

@@ -115,7 +115,6 @@ function defenseRow(lane, index, defense, parent) {
   html('small', '', words, defense.hint);
   const panel = html('div', 'knobs', box), toggle = html('button', 'quiet settings', head, 'Settings');
   toggle.type = 'button';
-  toggle.setAttribute('aria-label', `Settings of ${defense.name} in ${lane.name}`);
   panel.id = id;
   toggle.setAttribute('aria-controls', id);
   const draw = () => {
@@ -150,8 +149,9 @@ function laneCard(lane, index) {
     html('b', '', told, lane.name);
     const on = defensesOn(lane), named = on.length === 1 && on[0].short === lane.name;
     html('small', '', told, named ? on[0].hint : on.map(d => d.short).join(' · ') || 'nothing intervenes');
+    card.querySelector('.remove')?.setAttribute('aria-label', `Remove the column ${lane.name}`);
+    card.querySelectorAll('.settings').forEach((toggle, i) => toggle.setAttribute('aria-label', `Settings of ${props.spec.defenses[i].name} in ${lane.name}`));
   };
-  tell();
   if (!single) {
     card.open = open.has('lane-' + index);
     card.addEventListener('toggle', () => card.open ? open.add('lane-' + index) : open.delete('lane-' + index));
@@ -162,10 +162,10 @@ function laneCard(lane, index) {
     name.addEventListener('input', () => { lane.name = name.value; tell(); publish(); });
     const remove = html('button', 'quiet remove', row, 'Remove');
     remove.type = 'button';
-    remove.setAttribute('aria-label', `Remove the column ${lane.name}`);
     remove.addEventListener('click', () => { form.lanes.splice(index, 1); open.clear(); build(); publish(); element.querySelector('.add').focus(); });
   }
   for (const defense of props.spec.defenses) defenseRow(lane, index, defense, card);
+  tell();
   card.addEventListener('change', tell);
 }
 

@@ -20,14 +20,16 @@ function measuredTable(measured) {
   }
 }
 
-let folders = '', measuredShown = '';
+let folders = '', measuredShown = '', dismissed = '';  // dismissed: the failure that the visitor has read
 function draw() {
   const now = props.value, status = find('.model-status'), bar = status.querySelector('progress');
   element.dataset.state = now.state;
   find('.model-name').textContent = now.label || (now.state === 'failed' ? 'none' : 'being loaded');
   const words = status.querySelector('span');
   if (words.textContent !== now.message) words.textContent = now.message;
-  status.hidden = !now.message;
+  if (now.state !== 'failed') dismissed = '';
+  status.hidden = !now.message || now.message === dismissed;
+  find('.dismiss').hidden = now.state !== 'failed';
   find('.cancel').hidden = now.public || now.state !== 'working' || now.task !== 'Calibrating';
   bar.hidden = now.state !== 'working';
   if (now.fraction === null) bar.removeAttribute('value'); else bar.value = now.fraction;
@@ -58,6 +60,7 @@ for (const [form, event] of [['load', 'switch'], ['calibrate', 'calibrate']]) {
   });
 }
 find('.cancel').addEventListener('click', () => trigger('cancel', {}));
+find('.dismiss').addEventListener('click', () => { dismissed = props.value.message; draw(); find('.model summary').focus(); });
 element.addEventListener('keydown', event => {
   if (event.key !== 'Escape' || !find('.model').open) return;
   find('.model').open = false;

@@ -15,6 +15,8 @@ function offer(name, type, content) {
   setText(kept, `Saved ${name}` + (shown.about.picture ? ', with a small copy of the picture' : ''));
 }
 
+// Was a threshold moved since the run? What it would do is no part of what the run gave.
+const moved = view => alarmOf(view) !== view.threshold || Object.keys(marks.moved).length > 0;
 const stamp = view => (view.about.date || '').slice(0, 19).replace(/[:T]/g, '-') || 'run';
 
 const PAGE_STYLE = `body{font:16px/1.6 system-ui,sans-serif;color:#17212b;background:#fff;max-width:1200px;margin:32px auto;padding:0 20px}
@@ -44,8 +46,8 @@ function pageOf(view) {
   make('style', '', page.head, PAGE_STYLE);
   make('h1', '', page.body, 'Safety, side by side: a saved run');
   make('p', '', page.body, view.verdict);
-  const line = alarmOf(view), moved = line !== view.threshold || Object.keys(marks.moved).length > 0;
-  if (moved) {
+  const line = alarmOf(view);
+  if (moved(view)) {
     make('p', 'banner', page.body, 'Re-marked: a threshold was moved after this run, and the model was not asked again. '
       + 'The answers and each column\'s status are what the run gave; what the moved thresholds would do is said beside it.'
       + (line === view.threshold ? '' : ` Words and traces are marked at the alarm line ${line.toFixed(2)}; the run had ${view.threshold.toFixed(2)}.`));
@@ -89,7 +91,7 @@ function pageOf(view) {
 }
 
 keepBox.querySelector('.save-json').addEventListener('click', () =>
-  offer(`safety-${stamp(shown)}.json`, 'application/json', JSON.stringify(shown, null, 1)));
+  offer(`safety-${stamp(shown)}.json`, 'application/json', JSON.stringify(moved(shown) ? {...shown, remarked: {alarm: alarmOf(shown), thresholds: marks.moved}} : shown, null, 1)));
 keepBox.querySelector('.save-html').addEventListener('click', () =>
   offer(`safety-${stamp(shown)}.html`, 'text/html', pageOf(shown)));
 keepBox.querySelector('.save-link').addEventListener('click', () => {
