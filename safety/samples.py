@@ -6,7 +6,8 @@
 `label` says whether the *request* is "safe" or "unsafe". `request` is what is really asked, where the prompt alone does
 not say it (a harmless carrier prompt under a typographic picture); it is the prompt where absent. `image` (relative to
 the file), `response` (an answer to learn from; empty: only the request is learned from), `partial` (true: the response
-is the opening of an answer), `refusal` (a safe answer to a harmful request, to contrast that with), `kind` and
+is the opening of an answer), `reading_only` (true, with an empty response: only the probe of SASA's mode "reading"
+learns from it), `refusal` (a safe answer to a harmful request, to contrast that with), `kind` and
 `expected` (words of a right answer) are optional.
 """
 
@@ -30,7 +31,9 @@ class Sample:
     Attributes:
         response: the answer that calibration learns from, harmful where it answers a harmful request; None: the model's
             own. partial: the response is an answer's first words: detectors learn from it, but it does not say how an
-            answer goes on, nor judges. refusal: what a safe answer to a harmful request would be; None: a plain one.
+            answer goes on, nor judges. reading_only: shows its request, which nobody answers, to the probe of SASA's
+            mode "reading" and to nothing else. refusal: what a safe answer to a harmful request would be; None: a plain
+            one.
         scenario: topic; samples of one scenario are alike, so statistics resample whole scenarios.
         kind: groups samples of one make, such as "typographic".
         request: what is really asked; answers are judged against it. None: the prompt.
@@ -48,6 +51,7 @@ class Sample:
     expected: tuple[str, ...] = ()
     refusal: str | None = None
     partial: bool = False
+    reading_only: bool = False
 
     @property
     def unsafe(self) -> bool:
@@ -106,12 +110,16 @@ def read_samples(path: Path) -> list[Sample]:
         if not isinstance(row.get("partial", False), bool) or (row.get("partial") and not row.get("response")):
             raise UserError(f'Line {number} of {path}: "partial" must be true or false, and what is partial needs a '
                             '"response".')
+        alone = row.get("reading_only", False)
+        if not isinstance(alone, bool) or (alone and row.get("response") != ""):
+            raise UserError(f'Line {number} of {path}: "reading_only" must be true or false, and where it is true, '
+                            '"response" must be "".')
         image = str(path.parent / row["image"]) if row.get("image") else None
         if image and not Path(image).is_file():
             raise UserError(f"Line {number} of {path} lacks its picture: there is no file {image}.")
         sample = Sample(str(row.get("id", number)), prompt, label, row.get("scenario") or "", image,
                         row.get("response"), row.get("kind") or "", row.get("request"), tuple(expected),
-                        row.get("refusal"), row.get("partial", False))
+                        row.get("refusal"), row.get("partial", False), alone)
         samples.append(sample)
     if len({sample.id for sample in samples}) < len(samples):
         raise UserError(f"Two lines of {path} have the same id. Give each sample its own.")

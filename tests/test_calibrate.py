@@ -189,8 +189,8 @@ def test_an_unanswered_sample_teaches_probes_of_prompts_alone(lvlm, samples, tmp
     plain, more = (calibrate(lvlm, rows, [], tmp_path / str(len(rows)), tmp_path / "work", ("sasa",),
                              recipe=replace(RECIPE, answer_tokens=8)).about["sasa"]["streams"]
                    for rows in (given[:56], given))
-    for stream, taught in (("clean", 4), ("reading", 8)):  # four are texts, which only what was read is compared with
-        assert more[stream]["fitted_on"] == plain[stream]["fitted_on"] + taught
+    for stream in ("clean", "reading"):
+        assert more[stream]["fitted_on"] == plain[stream]["fitted_on"] + 8
         assert more[stream]["validated_on"] == plain[stream]["validated_on"]
     whole = calibrate(lvlm, given, [], tmp_path / "whole", tmp_path / "work", recipe=replace(RECIPE, answer_tokens=8))
     assert whole.sapt is not None and whole.about["trace"]["fitted_on_answers"] == 44
@@ -211,6 +211,22 @@ def test_texts_that_nobody_answers_teach_all_probes_where_there_is_no_picture(lv
     streams = calibrate(lvlm, texts, [], tmp_path / "out", tmp_path / "work", ("sasa",),
                         recipe=RECIPE).about["sasa"]["streams"]
     assert streams["clean"]["fitted_on"] == 48 and "reading" not in streams
+
+
+def test_what_is_for_the_reading_alone_leaves_the_other_probes_as_they_were(lvlm, samples, calibrated, tmp_path):
+    pictures = [sample for sample in samples if sample.image][:8]
+    alone = [replace(sample, response="", reading_only=True, id=f"alone {sample.id}") for sample in pictures]
+    write_samples([*samples[:56], *alone], tmp_path / "samples.jsonl")
+    read = read_samples(tmp_path / "samples.jsonl")
+    assert [sample.reading_only for sample in read] == 56 * [False] + 8 * [True]
+    made = calibrate(lvlm, read, [], tmp_path / "out", calibrated[2], ("sasa",), recipe=RECIPE)
+    streams, before = made.about["sasa"]["streams"], calibrated[0].about["sasa"]["streams"]
+    seen = {name: stream["fitted_on"] + stream["validated_on"] for name, stream in streams.items()}
+    assert seen.pop("reading") == before["reading"]["fitted_on"] + before["reading"]["validated_on"] + 8
+    assert {name: streams[name] for name in seen} == {name: before[name] for name in seen}
+    with pytest.raises(UserError, match="at least 2 safe and 2 unsafe"):
+        every = [replace(sample, response="", reading_only=True) for sample in samples]
+        calibrate(lvlm, every, [], tmp_path / "none", tmp_path / "work", ("sasa",), recipe=RECIPE)
 
 
 def test_an_opening_teaches_detectors_but_does_not_say_how_an_answer_goes_on_nor_judges(
@@ -365,6 +381,8 @@ def test_bad_flags_are_refused(lvlm, tmp_path):
     ("not json", "Line 1"), ('{"prompt": "a"}', "Line 1"), ('{"prompt": "a", "label": "evil"}', '"safe" or "unsafe"'),
     ('{"prompt": "a", "label": "safe", "partial": true}', "partial"),
     ('{"prompt": "a", "label": "safe", "response": "b", "partial": "yes"}', "partial"),
+    ('{"prompt": "a", "label": "safe", "reading_only": true}', '"response" must be ""'),
+    ('{"prompt": "a", "label": "safe", "response": "", "reading_only": 1}', "true or false"),
     ('{"id": 1, "prompt": "a", "label": "safe"}\n{"id": 1, "prompt": "b", "label": "safe"}', "same id")])
 def test_bad_sample_files_are_refused(tmp_path, text, message):
     path = tmp_path / "bad.jsonl"

@@ -340,6 +340,7 @@ def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     assert silent == {("pointed", "unsafe"): 16, ("pointed twin", "safe"): 16, ("typed", "unsafe"): 96,
                       ("typed twin", "safe"): 96, ("beside", "unsafe"): 26, ("beside twin", "safe"): 26,
                       ("aloud", "safe"): 4}
+    assert {s.kind for s in samples if s.reading_only} == {"pointed", "pointed twin", "typed", "typed twin", "aloud"}
     assert opened == {("typographic", "unsafe"): 27, ("typographic twin", "safe"): 27}
     found = Material(None, samples, [], Recipe(), tmp_path, tmp_path)
     assert not (found.validation & ~found.whole & found.answered).any()  # openings do not judge

@@ -88,10 +88,11 @@ class Material:
         return np.array([sample.response != "" for sample in self.samples])
 
     @cached_property
-    def only_typed(self) -> np.ndarray:
-        """[samples] bool: a text that nobody answers. Where there are pictures, it shows what harmful words are to the
-        probe of SASA's mode "reading" alone: thousands of them are cheap there, as logits they are not."""
-        return np.array([sample.image is None and sample.response == "" for sample in self.samples])
+    def reading_only(self) -> np.ndarray:
+        """[samples] bool: shows its request to the probe of SASA's mode "reading" alone. Thousands of texts are cheap
+        there, as logits they are not; and requests whose harm first-token logits do not show (innocent words about a
+        symbol) would set the threshold for all others."""
+        return np.array([sample.reading_only for sample in self.samples])
 
     @cached_property
     def validation(self) -> np.ndarray:

@@ -84,8 +84,8 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
     answered, and it has more typographic pictures, most with the opening of an answer given: they cost a quarter of an
     answered one, and detectors learn from them what many more requests look like. It also has requests that are not
     answered at all, for probes of prompts: more texts ("typed" and "typed twin"), texts beside a picture that has
-    nothing to do with them ("beside" and "beside twin"), titles typed with FigStep's instruction beside such pictures
-    ("carrier" and "carrier twin"), and harmful words that are only to be read aloud ("aloud", safe).
+    nothing to do with them ("beside" and "beside twin"), and harmful words that are only to be read aloud ("aloud",
+    safe).
     """
     rng = random.Random(f"{split} {seed}")
 
@@ -116,7 +116,8 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
         samples.append(Sample(path.stem, NAME[number % len(NAME)], "safe", "symbol", str(path), kind="symbol"))
     pointers = POINTED if split == "train" else POINTERS
     for side, name in ((True, "pointed"), (False, "pointed-twin")):
-        samples += [replace(sample, kind=name.replace("-", " "), response="" if split == "train" else None)
+        samples += [replace(sample, kind=name.replace("-", " "), response="" if split == "train" else None,
+                            reading_only=split == "train")
                     for sample in pointed(pointers, side, f"{split}-{name}", folder,
                                           4 * per_kind // 3 if split == "train" else per_kind // 3, f"{split} symbol")]
     if split == "train":
@@ -126,12 +127,12 @@ def miniature_samples(folder: Path, split: Literal["train", "heldout"], per_kind
                         else replace(sample, response=f"{content_of(sample.asked)}:\n1.", partial=True)
                         for number, sample in enumerate(_typographic(folder, split, rows, per_kind), per_kind)]
         samples += _unanswered(folder, rng, per_kind, {sample.asked for sample in samples})
-        samples += _with_carrier(folder, harmful) + _with_carrier(folder, benign[:per_kind])
     return samples
 
 
 def _unanswered(folder: Path, rng: random.Random, per_kind: int, taken: set[str]) -> list[Sample]:
-    """Training requests that only probes of prompts learn from, none of those `taken` (by what judges, say)."""
+    """Training requests that only probes of prompts learn from, none of those `taken` (by what judges, say). Those
+    typed beside a picture teach the gate's as well."""
     samples, beside = [], 20 * per_kind // 9  # a hundred of each sort of picture where 180 are asked for
     for kind, pool in (("", corpus.harmful("train")), (" twin", corpus.benign("train"))):
         free = [row for row in pool if row.text not in taken]
@@ -148,20 +149,7 @@ def _unanswered(folder: Path, rng: random.Random, per_kind: int, taken: set[str]
         path = folder / f"train-aloud-{number}.png"
         figstep(row.text).save(path)
         samples.append(replace(_sample(path.stem, row, "aloud", READ[number % len(READ)], path), label="safe"))
-    return [replace(sample, response="") for sample in samples]
-
-
-def _with_carrier(folder: Path, rows: Sequence[corpus.Row]) -> list[Sample]:
-    """FigStep's whole attack typed out, unanswered, beside pictures that have nothing to do with it. The rows are those
-    of "typographic" in the same order: so the same requests judge in both kinds, and none is fitted on in the other."""
-    samples = []
-    for number, row in enumerate(rows):
-        kind = "carrier" if row.label == "harmful" else "carrier twin"
-        path = folder / f"train-{kind.replace(' ', '-')}-{number}.png"
-        unrelated(number // JUDGES, f"carrier {number}", "train").save(path)
-        typed = _sample(path.stem, row, kind, f"{row.text}\n1.\n2.\n3.\n{CARRIER}", path)
-        samples.append(replace(typed, response=""))
-    return samples
+    return [replace(sample, response="", reading_only=not sample.kind.startswith("beside")) for sample in samples]
 
 
 def _typographic(folder: Path, split: str, rows: Sequence[corpus.Row], first: int = 0) -> list[Sample]:

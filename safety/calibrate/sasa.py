@@ -15,6 +15,7 @@ from safety.calibrate.material import Material, auroc, indices
 from safety.calibrate.observe import digest, save_whole
 from safety.defenses.sasa import projected_hidden
 from safety.detector import cross_fit
+from safety.errors import UserError
 from safety.inputs import open_image
 from safety.lvlm import LVLM
 from safety.parts import LayersArtifact, SasaArtifact
@@ -24,6 +25,7 @@ from safety.settings import Sasa
 QUERIES = 8  # text queries of each side whose last-token states make the matrix that heads are ranked with
 DEPTHS = (0.53, 0.67, 0.8)  # of the pairs that are tried beside the paper's rule; f lies two blocks behind s
 ROWS = 64  # samples whose logits are computed together
+LEAST = 2  # samples of each label that the probes are fitted on
 SCREEN = 120  # samples on which the rule's pair and the others are compared
 CURVES = "sasa-curves.png"
 
@@ -35,7 +37,10 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     curve = layers.safety_curve(harmful, ordinary)
     every = _chosen(material)
     pictures = any(sample.image for sample in material.samples)
-    chosen = every & ~material.only_typed if pictures else every  # for what depends on more than words
+    chosen = every & ~material.reading_only  # for every probe but that of mode "reading"
+    if min((chosen & ~material.validation & (material.unsafe == side)).sum() for side in (True, False)) < LEAST:
+        raise UserError(f"SASA's probes need at least {LEAST} safe and {LEAST} unsafe samples, beside those that judge "
+                        'and those that are "reading_only".')
     separable, artifacts.layers = _separability(material, chosen & ~material.validation)
     rule = layers.choose_blocks(curve, separable, max(1, lvlm.deepstack))
     pairs = tried_pairs(lvlm)
