@@ -84,14 +84,26 @@ def test_revision_vectors_point_from_unsafe_to_safe_and_rank_the_telling_head():
     assert artifact.scale("head", "mms", 2)[3] == pytest.approx(2.2, abs=0.5)  # two unit normals, 4 apart
 
 
+def test_of_what_is_not_answered_only_what_is_read_is_stored(lvlm, tmp_path, monkeypatch):
+    def seen(sample):
+        row, = observe.observe(lvlm, [sample], [None], [(1, 3)], tmp_path, 6, Progress())
+        names = ("clean", "typed", "prompt.layers", "prompt.heads", "1-3", "states", "answer.layers", "cache")
+        return row, {name for name in names if row.has(name)}
+    shown = Sample("a", "Hm", "safe", "", response="")
+    row, stored = seen(shown)
+    assert row.ids == [] and stored == {"clean", "typed", "prompt.layers", "prompt.heads", "1-3"}
+    assert seen(replace(shown, reading_only=True))[1] == {"clean", "typed"}
+    assert seen(shown)[1] == stored
+    monkeypatch.setattr(observe, "undefended", lambda *args: [[]])  # an answer that ends at once
+    row, stored = seen(replace(shown, response=None))
+    assert row.ids == [] and row.tensor("states").shape == (1, lvlm.width) and "cache" in stored
+
+
 def test_observations_equal_plain_forward_passes_and_the_engines_answers(lvlm, tmp_path):
     picture = tmp_path / "red.png"
     Image.new("RGB", (30, 30), "red").save(picture)
     samples = [Sample("a", "Hi", "unsafe", "", str(picture)), Sample("b", "What is it, then?", "safe", ""),
                Sample("c", "Tell me", "unsafe", "", response="yes")]
-    empty = observe.observe(lvlm, [Sample("d", "Hm", "safe", "", response="")], [None], [], tmp_path, 6, Progress())[0]
-    assert empty.ids == [] and empty.tensor("states").shape == (1, lvlm.width)
-    assert not empty.has("cache")
     seen = observe.observe(lvlm, samples, ["No.", None, "No."], [(1, 3)], tmp_path / "seen", 6, Progress())
     engine = Engine(lvlm, Artifacts())
     for sample, one in zip(samples[:2], seen[:2], strict=True):

@@ -57,7 +57,8 @@ class Observed:
         last prompt position, of the clean and the projected streams; "typed" [3 * width]: "clean" as text, without the
         picture, of the words that the model reads in it, of the prompt, and of the words above it (where there is no
         picture, "clean" three times); "states" [m, width]: post-norm, those from which the m answer tokens were chosen;
-        "cache" [2 * blocks, kv_heads, length + m, head_dim], not of unanswered ones.
+        "cache" [2 * blocks, kv_heads, length + m, head_dim]. Of unanswered ones nothing of an answer is stored, and of
+        those for mode "reading" alone only "clean" and "typed".
         """
         with safetensors.safe_open(self.path, "pt") as file:
             return file.get_tensor(name)
@@ -96,7 +97,7 @@ def model_key(lvlm: LVLM) -> str:
 def sample_key(sample: Sample, *recipe: object) -> str:
     """Changes with anything that a sample's observation depends on, its picture included."""
     picture = hashlib.sha256(Path(sample.image).read_bytes()).hexdigest() if sample.image else ""
-    return digest(VERSION, sample.prompt, sample.response, picture, recipe)
+    return digest(VERSION, sample.prompt, sample.response, picture, recipe, *["reading only"] * sample.reading_only)
 
 
 def observe(lvlm: LVLM, samples: Sequence[Sample], refusals: Sequence[str | None], pairs: Sequence[tuple[int, int]],
@@ -148,10 +149,10 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
     for place, typed in enumerate(type_out(lvlm, prompts, pictures)):
         with _tapped(lvlm, lambda states: states[:, -1]) as tapped:
             trunk = lvlm.prefill(inputs[place], {block for pair in pairs for block in pair})
-        kept.append({f"prompt.{name}": value for name, value in tapped().items()}
-                    | {"clean": trunk.hidden.float().cpu(), "typed": typed_states(lvlm, trunk, typed).float().cpu()})
-        for s, f in pairs:
-            kept[-1][f"{s}-{f}"] = projected_hidden(lvlm, trunk, s, f, 1.0).float().cpu()
+        kept.append({"clean": trunk.hidden.float().cpu(), "typed": typed_states(lvlm, trunk, typed).float().cpu()})
+        if not samples[numbers[place]].reading_only:
+            kept[-1] |= {f"prompt.{name}": value for name, value in tapped().items()}
+            kept[-1] |= {f"{s}-{f}": projected_hidden(lvlm, trunk, s, f, 1.0).float().cpu() for s, f in pairs}
         trunk.states, trunk.block_kwargs, trunk.decoder_kwargs = {}, {}, {}
         trunks.append(trunk)
     open_ended = [place for place, number in enumerate(numbers) if samples[number].response is None]
@@ -160,6 +161,11 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
         response = samples[number].response
         ids = answers[place] if response is None else lvlm.tokenizer(response, add_special_tokens=False)["input_ids"]
         tensors = kept[place]
+        meta = {"answer": response if response is not None else lvlm.text(ids), "ids": json.dumps(ids),
+                "length": str(trunk.length), "offset": str(trunk.offset)}
+        if response == "":
+            yield number, tensors, meta
+            continue
         refusal = refusals[number]
         if refusal:
             said = lvlm.tokenizer(refusal, add_special_tokens=False)["input_ids"]
@@ -170,10 +176,7 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
         if not ids:
             trunk.cache.crop(-1)
         tensors |= {"answer.layers": read["layers"], "answer.heads": read["heads"], "states": read["states"]}
-        if response != "":
-            tensors["cache"] = pack(trunk.cache, _small(lvlm)).cpu()
-        meta = {"answer": response if response is not None else lvlm.text(ids), "ids": json.dumps(ids),
-                "length": str(trunk.length), "offset": str(trunk.offset)}
+        tensors["cache"] = pack(trunk.cache, _small(lvlm)).cpu()
         yield number, tensors, meta
 
 

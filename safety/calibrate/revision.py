@@ -186,6 +186,6 @@ def _of_every_kind(material: Material, numbers: list[int], count: int) -> list[i
 def _key(material: Material, group: list[Revision], count: int) -> str:
     """Changes with everything that a trial of these candidates depends on."""
     recipe = material.recipe
-    stems = [seen.path.stem for seen, openly in zip(material.observed, material.openly, strict=True) if openly]
+    stems = [material.observed[i].path.stem for i in indices(material.openly & material.answered)]
     return digest(stems, recipe.construction, recipe.pairs, recipe.seed,
                   [asdict(candidate) for candidate in group], count, TOKENS, "paired, of every kind")

@@ -41,7 +41,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     if min((chosen & ~material.validation & (material.unsafe == side)).sum() for side in (True, False)) < LEAST:
         raise UserError(f"SASA's probes need at least {LEAST} safe and {LEAST} unsafe samples, beside those that judge "
                         'and those that are "reading_only".')
-    separable, artifacts.layers = _separability(material, chosen & ~material.validation)
+    separable, artifacts.layers = _separability(material, chosen)
     rule = layers.choose_blocks(curve, separable, max(1, lvlm.deepstack))
     pairs = tried_pairs(lvlm)
     ranked = _screen(material, chosen, sorted({rule, *pairs}))
@@ -132,14 +132,15 @@ def _chosen(material: Material) -> np.ndarray:
     return marks
 
 
-def _separability(material: Material, fitted: np.ndarray) -> tuple[Tensor, LayersArtifact]:
+def _separability(material: Material, chosen: np.ndarray) -> tuple[Tensor, LayersArtifact]:
     """[blocks] cross-validated AUROC of a probe on last-prompt-position states, harmful against benign, and the probes.
     Where there are enough pictures, on those alone, since it is there that meaning must form first."""
     pictures = np.array([sample.image is not None for sample in material.samples])
-    for which, least in ((fitted, 10), (material.validation, 1)):
+    fitted, validation = chosen & ~material.validation, chosen & material.validation
+    for which, least in ((fitted, 10), (validation, 1)):
         if min((which & pictures & (material.unsafe == side)).sum() for side in (True, False)) < least:
             pictures = np.ones_like(pictures)
-    which, judged = fitted & pictures, material.validation & pictures
+    which, judged = fitted & pictures, validation & pictures
     curve, probes, judgements = [], [], []
     with material.progress.stage("separability", material.lvlm.blocks) as tick:
         for block in range(material.lvlm.blocks):
