@@ -30,7 +30,7 @@ from safety.settings import MAX_LANES, Lane, Revision
 DEPTHS = (0.27, 0.35, 0.43, 0.5, 0.65, 0.8)
 STRENGTHS = {"head": (2.0, 3.0, 4.0), "layer": (0.5, 0.75, 1.0)}
 FIRST_LOOK, LONG_LOOK = 8, 60  # validation samples of each side on which all, and the best, candidates are tried
-FINALISTS = 2
+FINALISTS = 3  # places, each at its best strength
 WEAKER = (0.7, 0.5)  # shares of their strengths that are tried as well: the strongest seldom keep what is promised
 TOKENS = 24  # of an answer: a refusal comes at its beginning
 LOST = 0.03  # share of benign requests whose helpful answer a candidate may cost
@@ -113,16 +113,19 @@ def _text_sides(material: Material, numbers: list[int]) -> tuple[Side, Side]:
 
 
 def _choose(material: Material, artifacts: Artifacts) -> tuple[Revision, list[dict]]:
-    """A first look at every candidate on few validation samples, a long one at the best of them, at the same ones
-    weaker, and at the very best with the other kind of vector."""
+    """A first look at every candidate on few validation samples, a long one at the best of each of the best
+    places, at the same ones weaker, and at the very best with the other kind of vector."""
     depths = sorted({min(round(share * material.lvlm.blocks), material.lvlm.blocks - 1) for share in DEPTHS})
     candidates = [Revision(layer, alpha, level) for level, strengths in STRENGTHS.items()  # type: ignore[arg-type]
                   for layer in depths for alpha in strengths]
     first = _try(material, artifacts, candidates, FIRST_LOOK, "revision: first look")
     order = sorted(range(len(candidates)), key=lambda i: -first[i]["refused"] + 2 * max(0.0, first[i]["lost"]))
-    finalists = [candidates[i] for i in order[:FINALISTS]]
+    places: dict[tuple[str, int], Revision] = {}
+    for i in order:
+        places.setdefault((candidates[i].level, candidates[i].layer), candidates[i])
+    finalists = list(places.values())[:FINALISTS]
     finalists += [replace(finalists[0], vector="pwd"),
-                  *(replace(best, alpha=share * best.alpha) for best in finalists for share in WEAKER)]
+                  *(replace(best, alpha=round(share * best.alpha, 3)) for best in finalists for share in WEAKER)]
     rows = _try(material, artifacts, finalists, LONG_LOOK, "revision: long look")
     gentle = [i for i, row in enumerate(rows) if row["lost"] <= LOST and row["refused"] > 0]
     if gentle:
