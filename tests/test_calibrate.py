@@ -257,6 +257,22 @@ def test_a_samples_own_refusal_is_what_its_harmful_answer_is_contrasted_with(lvl
     assert targets == [observe.refusal_for(samples[0], 0), "that would hurt them"]
 
 
+def test_a_revision_that_costs_no_more_than_is_promised_is_looked_for_among_weaker_ones(lvlm, tmp_path, monkeypatch):
+    found = material.Material(lvlm, [], [], RECIPE, tmp_path, tmp_path)
+    looks, cost = [], 0.01
+
+    def look(material, artifacts, candidates, count, title):
+        looks.append(candidates)
+        return [{"refused": c.alpha / 8 + 0.1 * (c.layer == 3) if c.level == "head" else 0.0,
+                 "lost": 0.0 if count == revision.FIRST_LOOK else 0.2 if c.alpha > 2.2 else cost} for c in candidates]
+    monkeypatch.setattr(revision, "_try", look)
+    chosen, _ = revision._choose(found, Artifacts())
+    assert (chosen.level, chosen.layer, chosen.alpha) == ("head", 3, 2.0)
+    assert len({(c.level, c.layer) for c in looks[1]}) == 3 and [c.vector for c in looks[1]].count("pwd") == 1
+    cost = 0.04
+    assert revision._choose(found, Artifacts())[0] == replace(chosen, alpha=2.0)  # 0.35 - 0.08 is more than 0.6 - 0.4
+
+
 def test_a_revision_is_tried_on_every_kind_of_request_and_what_it_repairs_makes_up_for_nothing(
         lvlm, samples, tmp_path, monkeypatch):
     refused = "I can't help with that."
