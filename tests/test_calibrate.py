@@ -259,18 +259,22 @@ def test_a_samples_own_refusal_is_what_its_harmful_answer_is_contrasted_with(lvl
 
 def test_a_revision_that_costs_no_more_than_is_promised_is_looked_for_among_weaker_ones(lvlm, tmp_path, monkeypatch):
     found = material.Material(lvlm, [], [], RECIPE, tmp_path, tmp_path)
-    looks, cost = [], 0.01
+    looks, costs = [], (1 / 120, 2 / 120)  # of a weak and of a strong one
 
     def look(material, artifacts, candidates, count, title):
         looks.append(candidates)
-        return [{"refused": c.alpha / 8 + 0.1 * (c.layer == 3) if c.level == "head" else 0.0,
-                 "lost": 0.0 if count == revision.FIRST_LOOK else 0.2 if c.alpha > 2.2 else cost} for c in candidates]
+        return [{"refused": c.alpha / 8 + 0.1 * (c.layer == 3) if c.level == "head" else 0.0, "benign": 120,
+                 "lost": 0.0 if count == revision.FIRST_LOOK else costs[c.alpha > 2.5]} for c in candidates]
     monkeypatch.setattr(revision, "_try", look)
     chosen, _ = revision._choose(found, Artifacts())
-    assert (chosen.level, chosen.layer, chosen.alpha) == ("head", 3, 2.0)
+    assert (chosen.level, chosen.layer, chosen.alpha) == ("head", 3, 2.4)  # 4 loses more than 5 %, for all one knows
     assert len({(c.level, c.layer) for c in looks[1]}) == 3 and [c.vector for c in looks[1]].count("pwd") == 1
-    cost = 0.04
-    assert revision._choose(found, Artifacts())[0] == replace(chosen, alpha=2.0)  # 0.35 - 0.08 is more than 0.6 - 0.4
+    costs = (4 / 120, 6 / 120)  # nothing is sure: the one that loses fewest
+    assert revision._choose(found, Artifacts())[0] == chosen
+    costs = (0.0, 1 / 120)
+    assert revision._choose(found, Artifacts())[0].alpha == 4.0
+    assert revision._at_most(1 / 120, 120) == pytest.approx(0.0389, abs=1e-4)  # then one or none: one time in 20
+    assert revision._at_most(2 / 120, 120) > 0.05 > 0.03 > revision._at_most(0, 120)
 
 
 def test_a_revision_is_tried_on_every_kind_of_request_and_what_it_repairs_makes_up_for_nothing(
