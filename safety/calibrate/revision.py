@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 from safetensors import safe_open
-from scipy.stats import beta
+from scipy.stats import binomtest
 from torch import Tensor
 
 from safety.artifacts import Artifacts
@@ -135,8 +135,7 @@ def _choose(material: Material, artifacts: Artifacts) -> tuple[Revision, list[di
 
 def _at_most(share: float, n: int) -> float:
     """Upper bound, with confidence SURE, of a share that was measured on n samples (Clopper and Pearson's)."""
-    hits = round(share * n)
-    return 1.0 if hits >= n else float(beta.ppf(SURE, hits + 1, n - hits))
+    return float(binomtest(round(share * n), n, alternative="less").proportion_ci(SURE).high)
 
 
 def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], count: int, title: str) -> list[dict]:
