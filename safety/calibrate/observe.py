@@ -97,7 +97,7 @@ def model_key(lvlm: LVLM) -> str:
 def sample_key(sample: Sample, *recipe: object) -> str:
     """Changes with anything that a sample's observation depends on, its picture included."""
     picture = hashlib.sha256(Path(sample.image).read_bytes()).hexdigest() if sample.image else ""
-    return digest(VERSION, sample.prompt, sample.response, picture, recipe, *["reading only"] * sample.reading_only)
+    return digest(VERSION, sample.prompt, sample.response, sample.reading_only, picture, recipe)
 
 
 def observe(lvlm: LVLM, samples: Sequence[Sample], refusals: Sequence[str | None], pairs: Sequence[tuple[int, int]],
