@@ -67,6 +67,13 @@ def merged(lvlm, surrogate):
     return seen[0]
 
 
+def attacked_probe(lvlm, surrogate):
+    """What SASA's probe makes of the request alone."""
+    with surrogate.watched() as clean:
+        lvlm.model.base_model(**surrogate.inputs, use_cache=False)
+    return surrogate.gate(clean)
+
+
 @pytest.mark.parametrize("lane", [lane for lane in LANES if lane.sasa], ids=lambda lane: lane.name)
 def test_the_attacked_probe_is_the_engines(lvlm, artifacts, image, lane, monkeypatch):
     decoy = lvlm.tokenizer(attacks.DECOY, add_special_tokens=False)["input_ids"]
@@ -74,9 +81,7 @@ def test_the_attacked_probe_is_the_engines(lvlm, artifacts, image, lane, monkeyp
     answer, = Engine(lvlm, artifacts).answer("How?", image, lanes=[lane], max_new_tokens=1)
     surrogate = Surrogate(lvlm, artifacts, lane, "How?", image, TARGET)
     with torch.no_grad():
-        with surrogate.watched() as clean:
-            lvlm.model.base_model(**surrogate.inputs, use_cache=False)
-        (logit, threshold), = surrogate.gate(clean)
+        (logit, threshold), = attacked_probe(lvlm, surrogate)
     gate = next(event for event in answer.events if event.type == "gate")
     assert torch.sigmoid(logit).item() == pytest.approx(gate.probability, abs=1e-4)
     assert (logit.item() >= threshold) == gate.fired
@@ -88,9 +93,7 @@ def test_the_attacked_probe_judges_what_is_not_yet_revised(lvlm, artifacts, imag
                             for lane in (Lane("both", SASA, revise), Lane("revision", revision=revise),
                                          Lane("sasa", SASA)))
     with torch.no_grad():
-        with gated.watched() as clean:
-            lvlm.model.base_model(**gated.inputs, use_cache=False)
-        (logit, threshold), = gated.gate(clean)
+        (logit, threshold), = attacked_probe(lvlm, gated)
         push = torch.nn.functional.softplus(logit - threshold + attacks.MARGIN).item()
         assert both.loss(both.pixels).item() == pytest.approx(revised.loss(revised.pixels).item() + push, abs=1e-4)
 
@@ -140,9 +143,7 @@ def test_where_the_picture_is_read_the_attack_wants_it_misread(lvlm, artifacts, 
     apart = [said(prompt, lvlm.tokenizer(answer, add_special_tokens=False)["input_ids"])
              for prompt, answer in (("How?", TARGET), ("What is in the picture?", attacks.DECOY))]
     with torch.no_grad():
-        with surrogate.watched() as clean:
-            lvlm.model.base_model(**surrogate.inputs, use_cache=False)
-        (logit, threshold), = surrogate.gate(clean)
+        (logit, threshold), = attacked_probe(lvlm, surrogate)
         push = torch.nn.functional.softplus(logit - threshold + attacks.MARGIN).item()
         assert surrogate.loss(surrogate.pixels).item() == pytest.approx(sum(apart) + push, abs=1e-3)
 
