@@ -1,6 +1,7 @@
 """The miniature's vision side: typeset pictures and labels, tower, assembly, training loop, instruction tuning."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,7 @@ def test_what_other_processes_draw_ahead_is_what_would_have_been_drawn(lexicon) 
         (pixels, labels), (wanted, wanted_labels) = drawn(step), mixed_batch(maker, (0, 7, step))
         assert torch.equal(pixels, wanted)
         assert all(torch.equal(labels[name], wanted_labels[name]) for name in wanted_labels)
+    assert not multiprocessing.active_children()
     assert Ahead(str, 7, "cpu").workers == 0
 
 

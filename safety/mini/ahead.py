@@ -14,8 +14,8 @@ Made = TypeVar("Made")
 class Ahead(Dataset[Made]):
     """Calls ``make(step)`` for step after step, and on a GPU well before the steps are asked for.
 
-    Drawing 32 pictures takes longer than a GPU takes to learn from them. On the CPU, where the training needs every
-    core, a step's material is made when it is asked for.
+    Drawing 32 pictures, or writing thousands of words as a reader would, takes longer than a GPU takes to learn from
+    them. On the CPU, where the training needs every core, a step's material is made when it is asked for.
 
     Args:
         make: a pure function of the step's number, so that it does not matter who calls it.
@@ -42,4 +42,7 @@ class Ahead(Dataset[Made]):
             # Forked, so that what `make` refers to need not be picklable; it never touches the GPU.
             self._stream = iter(DataLoader(self, None, sampler=steps, num_workers=self.workers, prefetch_factor=4,
                                            multiprocessing_context="fork"))
-        return next(self._stream)
+        made = next(self._stream)
+        if step + 1 == self.steps:
+            next(self._stream, None)  # asked beyond its end, it ends its processes; else the next training's inherit it
+        return made

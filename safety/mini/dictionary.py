@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PixtralVisionModel
 
+from safety.mini.ahead import Ahead
 from safety.mini.handwriting import Handwriting
 from safety.mini.lexicon import Lexicon, key_of, spell
 from safety.mini.scenes import CHARACTERS
@@ -212,8 +213,10 @@ def train_dictionary(
     handwriting = look_at_handwriting(load_reader(folder).to(device), lexicon, seed)
     tokens = torch.from_numpy(lexicon.tokens)
 
+    ahead = Ahead(lambda step: entries.draw(batch * 3 // 4, seed * 1_000_003 + step, handwriting), steps, device)
+
     def loss_of(step: int) -> dict[str, Tensor]:
-        written, token = entries.draw(batch * 3 // 4, seed * 1_000_003 + step, handwriting)
+        written, token = ahead(step)
         some = torch.randint(len(handwriting.states), (batch - len(written),))
         seen = tokens[handwriting.words[some], handwriting.part[some]]
         codes = torch.cat([CODE_NORM * handwriting.states[some], written])

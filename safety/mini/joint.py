@@ -139,19 +139,23 @@ def train_joint(
         kind: on(make_batch(maker, (seed, 5), VALIDATION_IMAGES, kind), device) for kind in ("list", "text", "picture")
     }
 
-    pictures = Ahead(lambda step: mixed_batch(maker, (seed, 7, step)), steps, device)
+    def drawn(step: int) -> tuple[Batch, tuple[Tensor, Tensor]]:
+        # The dictionary goes on practising words that these pictures do not show.
+        practice = entries.draw(PRACTICE, seed * 1_000_003 + 500_000 + step, handwriting)
+        return mixed_batch(maker, (seed, 7, step)), practice
+
+    ahead = Ahead(drawn, steps, device)
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        pixels, labels = on(pictures(step), device)
+        batch, (codes, practised) = ahead(step)
+        pixels, labels = on(batch, device)
         middle, states, _ = joint.reader.read(pixels)
         here = labels["word"] >= 0
         blanks, spots = pick(~here, SPOTS), torch.cat([pick(here, SPOTS), symbol_spots(here)])
         real = states.flatten(0, 1).float() / joint.stretch
-        # The dictionary goes on practising words that these pictures do not show.
-        codes, practised = entries.draw(PRACTICE, seed * 1_000_003 + 500_000 + step, handwriting)
         said = joint.dictionary(torch.cat([real[spots], codes.to(device), real[blanks]])).float()
-        drawn = tokens[labels["word"].flatten()[spots], labels["part"].flatten()[spots]]
-        rows = targets.rows(torch.cat([drawn, practised.to(device)]))
+        shown = tokens[labels["word"].flatten()[spots], labels["part"].flatten()[spots]]
+        rows = targets.rows(torch.cat([shown, practised.to(device)]))
         losses = targets.losses(said[: len(spots)], rows[: len(spots)], len(spots))
         practice = targets.losses(said[len(spots) : -SPOTS], rows[len(spots) :], PRACTICE // 6)
         blank = (said[-SPOTS:] - targets.filler).pow(2).sum(-1).mean() / targets.filler.pow(2).sum()
