@@ -234,7 +234,7 @@ def test_no_summary_no_report(tmp_path):
 SHIPPED = ROOT / "artifacts" / "miniature" / "evaluation"
 
 
-@pytest.mark.parametrize("name", [".", "ablations", "block-10", "perturbed", "published", "shapes"])
+@pytest.mark.parametrize("name", [".", "ablations", "block-10", "perturbed", "published", "sapt", "shapes"])
 def test_the_shipped_results_are_of_the_shipped_model_and_artifacts_and_reproducible(tmp_path, name):
     folder = SHIPPED / name
     summary = json.loads((folder / "summary.json").read_text())
