@@ -27,7 +27,7 @@ from safety.mini.render import figstep, figstep_page, typeset
 from safety.mini.scenes import GRID, PATCH, SIDE, SceneMaker
 from safety.mini.symbols import COLOURS, SHAPES, have_emoji_font, shape
 from safety.mini.tasks import Turn
-from safety.mini.train_vision import adamw, mixed_batch, train_loop
+from safety.mini.train_vision import mixed_batch, train_loop
 from safety.mini.vision import build_tower, code_book, encode, letter_table, spelled_code
 
 
@@ -232,7 +232,7 @@ def test_training_resumes_where_it_was_killed(tmp_path: Path) -> None:
 
         train_loop(
             model,
-            [adamw(list(model.parameters()), 1e-2)],
+            [torch.optim.AdamW(model.parameters(), 1e-2)],
             loss_of,
             dict,
             steps=12,

@@ -25,10 +25,12 @@ from safety.mini import corpus
 from safety.mini.answers import answer_all
 from safety.mini.base import chat, load_base_lm, load_tokenizer
 from safety.mini.lora import add_lora, lora_state
+from safety.mini.packing import PLAIN_ATTENTION
 from safety.quantize import fast_dtype
 
 LORA_FILE = "text_lora.safetensors"
 CHECKPOINT = "align_checkpoint.pt"
+GROUP = 8  # examples run at once
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,32 @@ def batches(pools: Sequence[Sequence[Example]], settings: AlignSettings) -> Iter
 
 
 def answer_loss(model: Any, examples: Sequence[Example], pad_id: int) -> torch.Tensor:
-    """Mean cross-entropy over the answer tokens; logits are computed at those positions only."""
+    """Mean cross-entropy over the answer tokens of all examples.
+
+    They are run in groups of similar length: far less padding than in one ragged batch.
+    """
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    sums = [_summed_loss(model, ordered[i : i + GROUP], pad_id) for i in range(0, len(ordered), GROUP)]
+    return torch.stack(sums).sum() / sum(len(example.ids) - example.start for example in examples)
+
+
+def _summed_loss(model: Any, examples: Sequence[Example], pad_id: int) -> torch.Tensor:
+    """Summed cross-entropy of one group; logits are computed at the answer tokens only."""
     device = model.device
     # A few lengths only: oneDNN compiles its kernels anew for every shape it meets.
     length = -(-max(len(example.ids) for example in examples) // 16) * 16
     ids = torch.full((len(examples), length), pad_id)
     target = torch.zeros(len(examples), length, dtype=torch.bool)
-    mask = torch.zeros(len(examples), length, dtype=torch.long)
     for row, example in enumerate(examples):
         count = len(example.ids)
         ids[row, :count] = torch.tensor(example.ids)
-        mask[row, :count] = 1
         target[row, example.start : count] = True
-    ids, target, mask = ids.to(device), target.to(device), mask.to(device)
+    ids, target = ids.to(device), target.to(device)
+    # Padding comes last, so looking back only is enough to keep it out of sight.
+    mask = torch.full((1, 1, length, length), torch.finfo(model.dtype).min, dtype=model.dtype, device=device).triu(1)
     hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden[:, :-1][target[:, 1:]])
-    return nn.functional.cross_entropy(logits.float(), ids[:, 1:][target[:, 1:]])
+    return nn.functional.cross_entropy(logits.float(), ids[:, 1:][target[:, 1:]], reduction="sum")
 
 
 def _rate(step: int, settings: AlignSettings) -> float:
@@ -158,6 +170,7 @@ def align(
     public = "\n".join(row.text for row in corpus.public_rows(data)) if data else ""
     recipe = json.dumps([asdict(settings), hashlib.sha256(public.encode()).hexdigest()])
     torch.manual_seed(settings.seed)
+    model.set_attn_implementation(PLAIN_ATTENTION)
     parameters = add_lora(model.get_decoder())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     first = 0
@@ -177,21 +190,14 @@ def align(
         for step, examples in enumerate(stream, first):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _rate(step, settings)
-            # Two halves sorted by length: far less padding than one ragged batch, the same gradient up to weighting.
-            examples = sorted(examples, key=lambda example: len(example.ids))
-            total = sum(len(example.ids) - example.start for example in examples)
-            loss_sum = 0.0
-            for part in (examples[: len(examples) // 2], examples[len(examples) // 2 :]):
-                weight = sum(len(example.ids) - example.start for example in part) / total
-                loss = answer_loss(model, part, tokenizer.pad_token_id) * weight
-                loss.backward()
-                loss_sum += loss.item()
+            loss = answer_loss(model, examples, tokenizer.pad_token_id)
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            bar.set_postfix(loss=f"{loss_sum:.3f}")
-            print(json.dumps({"step": step, "loss": round(loss_sum, 4)}), file=log, flush=True)
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            print(json.dumps({"step": step, "loss": round(loss.item(), 4)}), file=log, flush=True)
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 save_file(lora_state(model.get_decoder()), work / LORA_FILE)
                 state = {

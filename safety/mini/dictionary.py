@@ -23,6 +23,7 @@ from safety.mini.vision import (
     WIDTH,
     code_book,
     letter_table,
+    muon_and_adamw,
     spelled_code,
 )
 
@@ -125,8 +126,7 @@ class Dictionary(nn.Module):
         """Muon for the matrices, which learns thousands of separate associations faster than AdamW; AdamW beside."""
         matrices = [p for p in self.parameters() if p.requires_grad and p.ndim == 2]
         others = [p for p in self.parameters() if p.requires_grad and p.ndim != 2]
-        muon = torch.optim.Muon(matrices, lr=rate, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        return [muon, torch.optim.AdamW(others, rate / 2, betas=(0.9, 0.98), weight_decay=0.0)]
+        return muon_and_adamw(matrices, others, rate)
 
 
 def composed_words(tokenizer: Any, lexicon: Lexicon, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ def train_dictionary(
     lexicon: Lexicon,
     folder: Path,
     *,
-    steps: int = 2400,
+    steps: int = 1400,
     seed: int = 0,
     batch: int = 3072,
     device: str = "cpu",

@@ -16,13 +16,11 @@ from safety.mini.scenes import SceneMaker
 from safety.mini.train_vision import (
     BATCH,
     Batch,
-    adamw,
     load_reader,
     look_at_handwriting,
     make_batch,
     mixed_batch,
     on,
-    reading_parameters,
     save_checkpoint,
     symbol_spots,
     train_loop,
@@ -31,7 +29,7 @@ from safety.mini.vision import Reader, build_tower, letter_table, pick
 
 JOINT_CHECKPOINT = "joint.pt"
 TOWER_CHECKPOINT = "tower.pt"
-DICTIONARY_RATE, READING_RATE = 1e-3, 4e-4
+DICTIONARY_RATE, READING_RATE = 1e-3, 1.3e-3
 SPOTS = 288  # word patches and blank patches of a step
 PRACTICE = 1472  # further dictionary entries of a step
 SPELLING = {"character": 0.2, "kind": 1.0, "letters": 0.7, "code": 0.5}  # weights of the reader's own losses
@@ -104,7 +102,7 @@ def train_joint(
     lexicon: Lexicon,
     folder: Path,
     *,
-    steps: int = 2000,
+    steps: int = 1100,
     seed: int = 0,
     device: str = "cpu",
 ) -> Joint:
@@ -172,7 +170,7 @@ def train_joint(
 
     train_loop(
         joint,
-        [*joint.dictionary.optimisers(DICTIONARY_RATE), adamw(reading_parameters(joint.reader), READING_RATE)],
+        [*joint.dictionary.optimisers(DICTIONARY_RATE), *joint.reader.optimisers(READING_RATE)],
         loss_of,
         measure,
         steps=steps,

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
 from tqdm import tqdm
 
 from safety.errors import UserError
@@ -22,14 +21,14 @@ from safety.mini.corpus import PUBLIC
 from safety.mini.handwriting import Handwriting
 from safety.mini.lexicon import Lexicon
 from safety.mini.scenes import SceneMaker
-from safety.mini.vision import READING_BLOCKS, Reader, build_tower, letter_table, pick, reading_rates, to_pixels
+from safety.mini.vision import Reader, build_tower, letter_table, pick, reading_rates, to_pixels
 from safety.quantize import fast_dtype
 
 BATCH = 32
 SPOTS = 320  # word patches that a step learns from
 SYMBOL_PICTURES = 12  # pictures of a batch that are sure to show symbols
 SYMBOL_SPOTS = 96  # word patches of these that a step learns from besides
-LEARNING_RATE = 1.2e-3
+LEARNING_RATE = 4e-3
 WARMUP_STEPS = 60
 CHECKPOINT_SECONDS = 150
 VALIDATION_IMAGES = 96
@@ -175,19 +174,8 @@ def train_loop(
                 saved = time.monotonic()
 
 
-def adamw(parameters: list[nn.Parameter] | list[dict[str, Any]], rate: float, weight_decay: float = 0.02) -> AdamW:
-    """AdamW with the betas that suit short runs."""
-    return AdamW(parameters, rate, betas=(0.9, 0.98), weight_decay=weight_decay)
-
-
-def reading_parameters(reader: Reader) -> list[nn.Parameter]:
-    """Parameters of a reader that its losses reach: everything but the dictionary blocks."""
-    unused = {id(p) for block in reader.tower.transformer.layers[READING_BLOCKS:] for p in block.parameters()}
-    return [p for p in reader.parameters() if id(p) not in unused]
-
-
 def train_reading(
-    lexicon: Lexicon, folder: Path, *, images: int = 85_000, seed: int = 0, device: str = "cpu"
+    lexicon: Lexicon, folder: Path, *, images: int = 41_600, seed: int = 0, device: str = "cpu"
 ) -> Reader:
     """Train the reading blocks; ``folder/reading.pt`` holds the run.
 
@@ -229,7 +217,7 @@ def train_reading(
 
     train_loop(
         reader,
-        [adamw(reading_parameters(reader), LEARNING_RATE)],
+        reader.optimisers(LEARNING_RATE),
         loss_of,
         measure,
         steps=steps,

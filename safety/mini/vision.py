@@ -155,6 +155,16 @@ def pick(mask: Tensor, count: int) -> Tensor:
     return places[torch.randint(len(places), (count,), device=mask.device)]
 
 
+def muon_and_adamw(
+    matrices: list[nn.Parameter], others: list[nn.Parameter], rate: float, weight_decay: float = 0.0
+) -> list[torch.optim.Optimizer]:
+    """Muon at a peak rate for the matrices of blocks, AdamW at half of it for all else."""
+    return [
+        torch.optim.Muon(matrices, lr=rate, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, rate / 2, betas=(0.9, 0.98), weight_decay=weight_decay),
+    ]
+
+
 class Reader(nn.Module):
     """The reading blocks with the heads that supervise them.
 
@@ -177,6 +187,17 @@ class Reader(nn.Module):
         states, rotary = patch_states(self.tower, pixels)
         middle = run_blocks(self.tower, states, rotary, 0, CHARACTER_BLOCK)
         return middle, run_blocks(self.tower, middle, rotary, CHARACTER_BLOCK, READING_BLOCKS), rotary
+
+    def optimisers(self, rate: float) -> list[torch.optim.Optimizer]:
+        """For all that the losses reach, which is everything but the dictionary blocks.
+
+        Muon needs half of AdamW's steps: 0.46 of the characters are right after 150 steps of 32 pictures (rate 4e-3),
+        with AdamW (rate 1.2e-3) 0.43 after 300.
+        """
+        blocks = self.tower.transformer.layers
+        matrices = [p for p in blocks[:READING_BLOCKS].parameters() if p.ndim == 2]
+        apart = {id(p) for p in [*matrices, *blocks[READING_BLOCKS:].parameters()]}
+        return muon_and_adamw(matrices, [p for p in self.parameters() if id(p) not in apart], rate, 0.02)
 
     def letter_logits(self, states: Tensor) -> Tensor:
         """[n, width] states to [n, LETTER_SLOTS, LETTER_CLASSES] logits by correlation with the code book."""
