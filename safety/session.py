@@ -44,8 +44,8 @@ class Session:
             try:
                 # A model that was made in memory could not be loaded again; one that is closed has nothing to give.
                 gives = old if old.source and not old.closed else None
-                lvlm = load(name, quantization, revision, progress, replaced=gives)
-                engine = Engine(lvlm, _artifacts(lvlm, artifacts))
+                # In a frame of its own, which `_forget` can clear: nothing here refers to what was half made.
+                engine = _load_engine(name, quantization, revision, artifacts, progress, gives)
             except BaseException as error:
                 if old.closed:
                     _forget(error)
@@ -59,6 +59,12 @@ class Session:
             return engine
         finally:
             self._switching.release()
+
+
+def _load_engine(name: str, quantization: str | None, revision: str | None, artifacts: Path | None,
+                 progress: Progress, replaced: LVLM | None) -> Engine:
+    lvlm = load(name, quantization, revision, progress, replaced=replaced)
+    return Engine(lvlm, _artifacts(lvlm, artifacts))
 
 
 def _artifacts(lvlm: LVLM, folder: Path | None) -> Artifacts:

@@ -53,7 +53,7 @@ def no_room_for_both(monkeypatch):
 
     def free(device):
         gc.collect()
-        return [4 if first() is not None else 10]
+        return [4 if any(model() is not None for model in (first, *alive)) else 10]
     monkeypatch.setattr(memory, "free_memory", free)
     first = weakref.ref  # replaced by `watch`
 
@@ -132,6 +132,16 @@ def test_without_room_for_both_a_failed_load_brings_the_old_model_back(session, 
                                                        "Going back to one …"]
     assert session.engine is engine and say(engine) == before
     assert locked == [True]  # a run that starts at that moment waits
+
+
+def test_without_room_for_both_artifacts_that_do_not_fit_bring_the_old_model_back(
+        session, folders, tmp_path, no_room_for_both):
+    save_artifacts(session.engine.artifacts, session.engine.lvlm, tmp_path / "defenses")
+    engine, before = session.engine, say(session.engine)
+    no_room_for_both(engine.lvlm.model)
+    with pytest.raises(UserError, match="blocks is 6 there and 7 here"):
+        session.switch(str(folders / "two"), "none", artifacts=tmp_path / "defenses")
+    assert session.engine is engine and say(engine) == before
 
 
 def test_when_the_old_model_cannot_come_back_another_one_still_can(session, folders, tmp_path, no_room_for_both):
