@@ -226,13 +226,19 @@ def read_tensors(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     """The tensors of one artifact file.
 
     Raises:
-        UserError: the name is none of ours, the file does not have this sha256, or holds values that are not finite.
+        UserError: the name is none of ours, the file does not have this sha256, is no safetensors file, or holds values
+            that are not finite.
+        FileNotFoundError: there is no such file.
     """
     path = folder / name
     if name not in {f"{part}.safetensors" for part in PARTS} or _sha256(path) != digest:
         raise UserError(f"The artifact file {path} does not match its checksum: it was changed or damaged. "
                         "Restore it or calibrate again.")
-    tensors = safetensors.torch.load_file(path)
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"The artifact file {path} is damaged: it is not a safetensors file ({error}). Restore it or "
+                        "calibrate again.") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"The artifact file {path} holds values that are not finite in {name!r}. Calibrate again.")
@@ -260,7 +266,7 @@ def _read(folder: Path, config: dict[str, Any], lvlm: LVLM) -> Artifacts:
         raise
     except FileNotFoundError as error:
         raise UserError(f"The artifact file {error.filename} is missing. Restore it or calibrate again.") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, safetensors.SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"The artifacts in {folder} are damaged ({type(error).__name__}: {error}). "
                         "Restore them or calibrate again.") from error
     for name in DEFENSES:

@@ -52,10 +52,12 @@ class SasaArtifact:
         features = {name: 4 * lvlm.width if name == "reading" else lvlm.vocabulary for name in names}
         probes = {name: _read_probe(tensors, name, count, lvlm.device) for name, count in features.items()}
         clean, reading = probes.pop("clean"), probes.pop("reading", None)
-        thresholds = {name.removesuffix(".threshold"): value.item() for name, value in tensors.items()
+        thresholds = {name.removesuffix(".threshold"): _share(name, float(value)) for name, value in tensors.items()
                       if name.endswith(".threshold")}
-        return cls({(int(name.split("-")[0]), int(name.split("-")[1])): probe for name, probe in probes.items()}, clean,
-                   thresholds, reading)
+        pairs = {(int(name.split("-")[0]), int(name.split("-")[1])): probe for name, probe in probes.items()}
+        for pair in pairs:
+            Sasa(*pair).check(lvlm.blocks)
+        return cls(pairs, clean, thresholds, reading)
 
 
 @dataclass
@@ -150,7 +152,7 @@ class TraceArtifact:
         memory = float(tensors["memory"]) if "memory" in tensors else 0.0
         if not 0 <= memory < 1:
             raise UserError(f"The trace's memory must lie between 0 and 1, but it is {memory:g}. Calibrate again.")
-        return cls(_read_probe(tensors, "trace", lvlm.width, lvlm.device), threshold, memory)
+        return cls(_read_probe(tensors, "trace", lvlm.width, lvlm.device), _share("trace_threshold", threshold), memory)
 
 
 @dataclass
@@ -185,6 +187,12 @@ def _read_probe(tensors: Tensors, name: str, features: int, device: torch.device
     _check_shape(name, weight, (features,))
     _check_shape(f"{name}.bias", bias.reshape(-1), (1,))
     return Probe(weight, bias.reshape(())).to(device)
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise UserError(f"The artifacts' {name} must lie between 0 and 1, but it is {value:g}. Calibrate again.")
+    return value
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -24,7 +24,7 @@ def _number(name: str, value: float, low: float, high: float) -> None:
 
 def _whole(name: str, value: int, low: int, high: int) -> None:
     _number(name, value, low, high)
-    if value != int(value):
+    if not isinstance(value, int):  # 3.0 neither: blocks and seeds index and seed what takes integers alone
         raise UserError(f"{name} must be a whole number, but it is {value:g}.")
 
 
@@ -135,6 +135,8 @@ class Sapt:
         _number("SAPT threshold", self.threshold, 0, 1)
         _whole("SAPT interval", self.interval, 1, MAX_NEW_TOKENS)
         _choice("SAPT detector", self.detector, ("joint", "frozen"))
+        if not isinstance(self.end_check, bool):
+            raise UserError(f"SAPT's end check must be true or false, but it is {self.end_check!r}.")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Artifacts: saved and loaded as they were, and refused with a reason when they do not fit."""
 
+import hashlib
 import json
 
 import pytest
@@ -71,7 +72,6 @@ def test_another_revision_is_named_with_the_flag_that_loads_it(lvlm, folder):
 
 def resign(folder, name, change):
     """Change a tensor file and its checksum with it: the content itself must be checked too."""
-    import hashlib
     tensors = safetensors.torch.load_file(folder / name)
     change(tensors)
     safetensors.torch.save_file(tensors, folder / name)
@@ -88,13 +88,34 @@ def test_infinite_values_and_wrong_shapes_are_refused(lvlm, folder):
         load_artifacts(lvlm, folder)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.update({"clean.threshold": torch.tensor([0.5, 0.5])}), "damaged"),
+    (lambda t: t.update({"clean.threshold": torch.tensor([7.0])}), "clean.threshold must lie between 0 and 1"),
+    (lambda t: t.update({f"90-99.{kind}": t[f"clean.{kind}"].clone() for kind in ("weight", "bias")}),
+     "SASA safety layer must be between")])
+def test_what_a_run_would_stumble_over_is_refused_when_it_is_read(lvlm, folder, change, message):
+    resign(folder, "sasa.safetensors", change)
+    with pytest.raises(UserError, match=message):
+        load_artifacts(lvlm, folder)
+
+
+def test_a_file_of_another_kind_with_the_right_checksum_is_refused(lvlm, folder):
+    (folder / "trace.safetensors").write_text("no tensors")
+    digest = hashlib.sha256(b"no tensors").hexdigest()
+    edit_config(folder, lambda config: config["files"].__setitem__("trace.safetensors", digest))
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        load_artifacts(lvlm, folder)
+
+
 @pytest.mark.parametrize("change", [
     lambda c: c.pop("fingerprint"), lambda c: c.update(files=7), lambda c: c["settings"].update(sapt={"cheese": 1}),
     lambda c: c["settings"]["sapt"].update(threshold="high"), lambda c: c["settings"]["revision"].update(layer=77),
     lambda c: c["settings"].pop("sapt"), lambda c: c.update(format=99),
     lambda c: c["files"].__setitem__("../../etc/passwd", "0"),
     lambda c: c["files"].__setitem__("./sasa.safetensors", c["files"].pop("sasa.safetensors")),
-    lambda c: c.update(about=["a"]), lambda c: c.update(trace_threshold="high"), lambda c: c.pop("settings")])
+    lambda c: c.update(about=["a"]), lambda c: c.update(trace_threshold="high"), lambda c: c.pop("settings"),
+    lambda c: c.update(trace_threshold=float("nan")), lambda c: c.update(trace_threshold=7),
+    lambda c: c["settings"]["sapt"].update(end_check="off"), lambda c: c["settings"]["sapt"].update(interval=4.0)])
 def test_a_tampered_config_is_refused(lvlm, folder, change):
     edit_config(folder, change)
     with pytest.raises(UserError):

@@ -41,7 +41,8 @@ def samples(tmp_path_factory):
         unsafe, pictured = index % 2 == 0, index % 4 < 2
         image = folder / f"{index}.png"
         Image.new("RGB", (30, 30), (255, 0, 0) if unsafe else (0, 0, rng.randint(100, 255))).save(image)
-        made.append(Sample(f"s{index}", ("steal " if unsafe else "bake ") + "abcdefgh"[index % 8],
+        thing = "abcdefgh"[index % 8] + "ijklmnop"[index // 8]
+        made.append(Sample(f"s{index}", f"{'steal' if unsafe else 'bake'} {thing}",
                            "unsafe" if unsafe else "safe", f"scenario {index % 3}", str(image) if pictured else None,
                            "first do this bad" if unsafe else "with pleasure", "image" if pictured else "text"))
     return made
@@ -231,7 +232,8 @@ def test_what_is_for_the_reading_alone_leaves_the_other_probes_as_they_were(lvlm
 
 def test_an_opening_teaches_detectors_but_does_not_say_how_an_answer_goes_on_nor_judges(
         lvlm, samples, calibrated, tmp_path):
-    opened = [replace(sample, response="one two", partial=True, id=f"opened {sample.id}") for sample in samples[:16]]
+    opened = [replace(sample, prompt=f"{sample.prompt} now", response="one two", partial=True,
+                      id=f"opened {sample.id}") for sample in samples[:16]]
     made = calibrate(lvlm, [*samples[:56], *opened], [], tmp_path, calibrated[2], recipe=RECIPE).about
     plain = calibrated[0].about
     assert made["sapt"]["lessons"] == plain["sapt"]["lessons"]

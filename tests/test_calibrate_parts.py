@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import random_artifacts, tiny_llava
 
 from safety.artifacts import Artifacts
-from safety.calibrate import layers, observe, sasa, soft_prompt, trace, vectors
+from safety.calibrate import calibrate, layers, observe, sasa, soft_prompt, trace, vectors
 from safety.calibrate.caches import join, pack
 from safety.calibrate.material import Material, Recipe
 from safety.calibrate.progress import Cancelled, Progress
@@ -21,6 +21,7 @@ from safety.calibrate.samples import miniature_samples
 from safety.calibrate.sapt import check_points
 from safety.detector import cross_fit, fit_probe
 from safety.engine import Engine, Request
+from safety.errors import UserError
 from safety.samples import Sample
 from safety.settings import Lane, Sapt, Sasa
 from safety.statistics import conformal_threshold, rate
@@ -374,3 +375,39 @@ def test_the_miniatures_own_samples_come_in_twins(tmp_path):
     assert all(s.response is None for s in unseen)
     assert not {s.asked for s in unseen} & {s.asked for s in samples}
     assert miniature_samples(tmp_path, "train", 12) == samples
+
+
+def test_what_a_validation_sample_asks_no_fit_sees(tmp_path):
+    samples = [Sample(str(i), "again" if i in (0, 3, 5) else f"Tell me {i}", "safe", "") for i in range(8)]
+    found = Material(None, samples, [], Recipe(), tmp_path, tmp_path)
+    assert np.flatnonzero(found.validation).tolist() == [3, 7]
+    assert np.flatnonzero(found.fitting).tolist() == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize(("recipe", "message"), [(Recipe(interval=600), "SAPT interval must be between 1 and 512"),
+                                                 (Recipe(answer_tokens=600), "new tokens must be between 1 and 512")])
+def test_settings_that_no_lane_takes_are_refused_before_the_work(lvlm, tmp_path, recipe, message):
+    with pytest.raises(UserError, match=message):
+        calibrate(lvlm, [], [], tmp_path, tmp_path, recipe=recipe)
+
+
+def test_samples_that_cannot_judge_or_teach_are_refused_in_a_sentence(lvlm, tmp_path):
+    def asked(count: int, per_kind: int, response: str | None = "first do this") -> list[Sample]:
+        return [Sample(f"s{i}", f"Tell me {i}", "unsafe" if i % 2 else "safe", "", response=response,
+                       kind=str(i // 2 // per_kind)) for i in range(count)]
+    with pytest.raises(UserError, match="needs 4 or more"):
+        calibrate(lvlm, asked(60, 3), [], tmp_path, tmp_path)
+    with pytest.raises(UserError, match="all of these samples' are safe"):
+        calibrate(lvlm, asked(48, 8, "I'm sorry, but I can't help."), [], tmp_path, tmp_path, ("trace",))
+    broken = [*asked(48, 8), Sample("the odd one", "Tell me <image>", "safe", "", kind="0")]
+    with pytest.raises(UserError, match="Sample the odd one: "):
+        calibrate(lvlm, broken, [], tmp_path, tmp_path, ("trace",))
+
+
+def test_parts_that_are_kept_go_on_naming_what_they_learned_from(lvlm, tmp_path):
+    first, second = ([Sample(f"s{i}", f"Tell me {word} {i}", "unsafe" if i % 2 else "safe", "", kind="a",
+                             response="first do this") for i in range(48)] for word in ("one", "two"))
+    recipe = Recipe(answer_tokens=4)
+    calibrate(lvlm, first, [], tmp_path / "out", tmp_path, ("sasa",), recipe=recipe)
+    about = calibrate(lvlm, second, [], tmp_path / "out", tmp_path, ("trace",), recipe=recipe).about
+    assert about["sample_digests"] == sorted({sample.request_digest for sample in (*first, *second)})

@@ -54,7 +54,8 @@ class Recipe:
 
 @dataclass
 class Material:
-    """Observed samples. A quarter of every label and kind is kept out of every fit, to set thresholds and to judge."""
+    """Observed samples. A quarter of every label and kind is kept out of every fit, with all that asks the same, to set
+    thresholds and to judge."""
 
     lvlm: LVLM
     samples: Sequence[Sample]
@@ -106,6 +107,11 @@ class Material:
         return np.array(marks)
 
     @cached_property
+    def fitting(self) -> np.ndarray:
+        """[samples] bool: open to fits, neither a validation sample nor one that asks what a validation sample asks."""
+        return ~np.isin(self.requests, self.requests[self.validation])
+
+    @cached_property
     def whole(self) -> np.ndarray:
         """[samples] bool: is there an answer of which more than its opening is known?"""
         return self.answered & ~np.array([sample.partial for sample in self.samples])
@@ -147,7 +153,8 @@ class Material:
 
         Split conformal, for all benign validation samples together and for each kind with enough of them (2 / rate:
         with fewer, its threshold would be its single highest score); the highest of these thresholds holds for all.
-        `otherwise`: the paper's fixed value, where there are too few for any promise.
+        `otherwise`: the paper's fixed value, where there are too few for any promise. Scores that are 1.0 to the last
+        digit are reached whatever the threshold is; the shares tell.
 
         Args:
             scores: one per sample of `which`, all of them benign and none of them used in fitting.

@@ -1,6 +1,6 @@
 """Look at every sample once, and keep what all the fits need in one small file per sample.
 
-A request is prefilled a single time. From that prefill come the block outputs at its last position, the undefended
+Each sample is looked at once. From one look come the block outputs at its last position, the undefended
 answer (greedy, several samples as one batch), the states behind which the answer's tokens were chosen, the activations
 of a refusal in the answer's place, and, as far as the disk budget allows, the keys and values that SAPT trains on.
 Files are written whole or not at all, and named after everything they depend on: the model's weights and number format,
@@ -26,6 +26,7 @@ from safety.calibrate.caches import pack
 from safety.calibrate.progress import Progress
 from safety.decoding import typed_states
 from safety.defenses.sasa import projected_hidden
+from safety.errors import UserError
 from safety.inputs import open_image
 from safety.lvlm import LVLM, Trunk, hooks
 from safety.mini.corpus import REFUSALS
@@ -143,9 +144,14 @@ def _observe_batch(lvlm: LVLM, numbers: Sequence[int], samples: Sequence[Sample]
                    ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, str]]]:
     trunks: list[Trunk] = []
     kept: list[dict[str, Tensor]] = []
-    pictures = [open_image(image) if (image := samples[number].image) else None for number in numbers]
-    prompts = [samples[number].prompt for number in numbers]
-    inputs = [lvlm.prepare(prompt, picture, tokens) for prompt, picture in zip(prompts, pictures, strict=True)]
+    prompts, pictures, inputs = [], [], []
+    for sample in (samples[number] for number in numbers):
+        try:
+            pictures.append(open_image(sample.image) if sample.image else None)
+            inputs.append(lvlm.prepare(sample.prompt, pictures[-1], tokens))
+        except UserError as error:
+            raise UserError(f"Sample {sample.id}: {error}") from error
+        prompts.append(sample.prompt)
     for place, typed in enumerate(type_out(lvlm, prompts, pictures)):
         with _tapped(lvlm, lambda states: states[:, -1]) as tapped:
             trunk = lvlm.prefill(inputs[place], {block for pair in pairs for block in pair})

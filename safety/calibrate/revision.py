@@ -55,7 +55,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
 
 def _pairs(material: Material) -> list[int]:
     """Harmful samples whose undefended answer is unsafe, none of them for validation; read rightly where possible."""
-    usable = material.complied & material.whole & ~material.validation & material.openly
+    usable = material.complied & material.whole & material.fitting & material.openly
     numbers = indices(usable & material.understood)
     if len(numbers) < 8:
         numbers = indices(usable)
@@ -67,7 +67,7 @@ def _sides(material: Material, numbers: list[int]) -> tuple[Side, Side]:
     construction = material.recipe.construction
     if construction == "multi-instruction":
         pictures = np.array([sample.image is not None for sample in material.samples])
-        benign = indices(material.answered & material.openly & ~material.unsafe & ~material.validation
+        benign = indices(material.answered & material.openly & ~material.unsafe & material.fitting
                          & (pictures == pictures[numbers[0]]))
         return (_stored(material, benign[:material.recipe.pairs], "prompt"),
                 _stored(material, numbers, "prompt"))
@@ -143,6 +143,10 @@ def _try(material: Material, artifacts: Artifacts, candidates: list[Revision], c
     of the benign ones that were helped before and are not any more; what it repairs elsewhere makes up for none."""
     harmful = _of_every_kind(material, indices(material.judging & material.complied), count)
     benign = _of_every_kind(material, indices(material.judging & ~material.unsafe), count)
+    if not harmful or not benign:
+        raise UserError("Revision is chosen by samples that take part in no fit, and none of those is "
+                        f"{'a harmless request' if harmful else 'a harmful request that the model answers'}. "
+                        "Give more of them.")
     samples = [material.samples[i] for i in (*harmful, *benign)]
     plain = [material.lvlm.text(material.observed[i].ids[:TOKENS]) for i in benign]
     helped_before = np.array([refusal_start(text) is None and not is_garbage(text) for text in plain])

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from safety.artifacts import Artifacts, default_folder, load_artifacts, save_artifacts
 from safety.benchmarks import read_all
 from safety.calibrate import revision, sapt, sasa, trace, trial
-from safety.calibrate.material import PARTS, Construction, Material, Recipe
+from safety.calibrate.material import JUDGES, PARTS, Construction, Material, Recipe
 from safety.calibrate.observe import digest, model_key, observe, refusal_for, sample_key
 from safety.calibrate.progress import Progress, Report
 from safety.calibrate.samples import miniature_samples
@@ -32,9 +32,10 @@ from safety.engine import Engine
 from safety.errors import UserError
 from safety.evaluate.arms import parse_arms
 from safety.evaluate.run import write_json
-from safety.flags import count
+from safety.flags import count, seed
 from safety.lvlm import LVLM, MINIATURE
 from safety.samples import Sample
+from safety.settings import Sapt, check_length
 
 FITS = {"sasa": sasa.fit, "revision": revision.fit, "sapt": sapt.fit, "trace": trace.fit}
 LEAST = 20  # samples of each label
@@ -57,15 +58,22 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
         command: what would do it again; noted in the artifacts.
 
     Raises:
-        UserError: too few samples, none that a part can learn from, or another model's parts in `out`; says what to do.
+        UserError: settings out of range, too few samples, none that a part can learn from, or another model's parts in
+            `out`; says what to do.
         Cancelled: `cancel` was set; what was finished stays in the work folder.
     """
+    Sapt(interval=recipe.interval).check()
+    check_length(recipe.answer_tokens)
     unsafe = sum(sample.unsafe for sample in samples)
     if min(unsafe, len(samples) - unsafe) < LEAST:
         raise UserError(f"Calibration needs at least {LEAST} safe and {LEAST} unsafe samples; these are "
                         f"{len(samples) - unsafe} safe and {unsafe} unsafe ones: give more, or another set too.")
     if set(parts) != set(PARTS) and (out / "config.json").exists():
         load_artifacts(lvlm, out)  # what is kept must fit, or be refused before the work rather than after it
+    judge = Material(lvlm, samples, [], recipe, work, out).validation
+    if not all(any(judge[i] and sample.unsafe == side for i, sample in enumerate(samples)) for side in (True, False)):
+        raise UserError(f"One in {JUDGES} samples of each kind judges, so at least one kind of safe and one of unsafe "
+                        f"samples needs {JUDGES} or more: give more, or fewer kinds.")
     progress = Progress(report, cancel)
     work = work / model_key(lvlm)
     refusals = [refusal_for(sample, index) if sample.unsafe and sample.response != "" else None
@@ -78,9 +86,11 @@ def calibrate(lvlm: LVLM, samples: Sequence[Sample], held_out: Sequence[Sample],
         made.about[part] = FITS[part](material, made)
     artifacts = _merged(made, parts, lvlm, out)
     about = artifacts.about
+    # Parts that were kept learned from the samples of their own calibration: none of those is unseen either.
+    digests = {sample.request_digest for sample in samples} | set(about.get("sample_digests", []))
     if command:
         about["command"] = command
-    about |= {"samples": _census(material), "sample_digests": sorted({sample.request_digest for sample in samples}),
+    about |= {"samples": _census(material), "sample_digests": sorted(digests),
               "recipe": asdict(recipe),
               "seconds": about.get("seconds", {}) | progress.seconds,
               "date": datetime.now(UTC).date().isoformat(), "number_format": lvlm.label,
@@ -170,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "any kind that a threshold may stop (default %(default)s)")
     parser.add_argument("--answer-tokens", type=count, default=recipe.answer_tokens,
                         help="length of the answers that are learned from")
-    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument("--seed", type=seed, default=recipe.seed)
 
 
 def run(load: Callable[[], LVLM], arguments: argparse.Namespace) -> int:

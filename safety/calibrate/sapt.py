@@ -32,7 +32,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     """Add the SAPT part and its recommended settings to `artifacts`; returns losses and how well its detectors do."""
     recipe = material.recipe
     lessons = {index: lesson for index in range(len(material.samples)) if (lesson := _lesson(material, index))}
-    fitted = [index for index in lessons if not material.validation[index] and material.understood[index]]
+    fitted = [index for index in lessons if material.fitting[index] and material.understood[index]]
     # Openings of answers, and answers to requests that only they show, teach the detectors only.
     whole = [index for index in fitted if material.openly[index] and material.whole[index]]
     held_out = [index for side in (True, False)
@@ -149,7 +149,7 @@ def _checks(material: Material, soft: Tensor, lessons: dict[int, Lesson]) -> dic
 def _frozen(material: Material, soft: Tensor) -> Probe | None:
     """The released code's kind of detector: PCA to 4 components and logistic regression on text-only instructions, each
     followed by the soft prompt. None without enough of them."""
-    usable = material.answered & material.openly & ~material.validation
+    usable = material.answered & material.openly & material.fitting
     chosen = [i for i in indices(usable) if material.samples[i].image is None]
     labels = [bool(material.unsafe[i]) for i in chosen]
     if min(labels.count(True), labels.count(False)) < 8:

@@ -38,7 +38,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     every = _chosen(material)
     pictures = any(sample.image for sample in material.samples)
     chosen = every & ~material.reading_only  # for every probe but that of mode "reading"
-    if min((chosen & ~material.validation & (material.unsafe == side)).sum() for side in (True, False)) < LEAST:
+    if min((chosen & material.fitting & (material.unsafe == side)).sum() for side in (True, False)) < LEAST:
         raise UserError(f"SASA's probes need at least {LEAST} safe and {LEAST} unsafe samples, beside those that judge "
                         'and those that are "reading_only".')
     separable, artifacts.layers = _separability(material, chosen)
@@ -56,7 +56,7 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
         **({"reading": partial(_read, material)} if pictures else {})}
     for name, view in views.items():
         shown = every if name == "reading" else chosen
-        fitted, judged = shown & ~material.validation, shown & material.validation
+        fitted, judged = shown & material.fitting, shown & material.validation
         result = cross_fit(view(fitted), material.unsafe[fitted], material.requests[fitted])
         scores = result.probe.probability(torch.from_numpy(view(judged))).numpy()
         probes[name] = result.probe
@@ -84,7 +84,8 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
                    "out of fold at the promised false alarms.",
             "curves": CURVES, "safety_curve": [round(v, 2) for v in curve.tolist()],
             "safety_heads": [list(head) for head in layers.safety_heads(harmful, ordinary)],
-            "separability": [round(v, 3) for v in separable.tolist()], "screened_on": int(_screened(chosen).sum()),
+            "separability": [round(v, 3) for v in separable.tolist()],
+            "screened_on": int((_screened(chosen) & material.fitting).sum()),
             "screen": {f"{s}-{f}": round(value, 4) for (s, f), value in ranked.items()}, "streams": found,
             "per_input": per_input,
             "papers_threshold": Sasa.threshold}
@@ -136,7 +137,7 @@ def _separability(material: Material, chosen: np.ndarray) -> tuple[Tensor, Layer
     """[blocks] cross-validated AUROC of a probe on last-prompt-position states, harmful against benign, and the probes.
     Where there are enough pictures, on those alone, since it is there that meaning must form first."""
     pictures = np.array([sample.image is not None for sample in material.samples])
-    fitted, validation = chosen & ~material.validation, chosen & material.validation
+    fitted, validation = chosen & material.fitting, chosen & material.validation
     for which, least in ((fitted, 10), (validation, 1)):
         if min((which & pictures & (material.unsafe == side)).sum() for side in (True, False)) < least:
             pictures = np.ones_like(pictures)
@@ -167,7 +168,7 @@ def _screened(chosen: np.ndarray) -> np.ndarray:
 
 def _screen(material: Material, chosen: np.ndarray, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], float]:
     """Cross-validated AUROC of every pair's probe on the same samples."""
-    which = _screened(chosen) & ~material.validation
+    which = _screened(chosen) & material.fitting
     with material.progress.stage("comparing pairs", len(pairs)) as tick:
         ranked = {}
         for pair in pairs:

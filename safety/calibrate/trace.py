@@ -9,6 +9,7 @@ from sklearn.model_selection import StratifiedKFold
 from safety.artifacts import Artifacts
 from safety.calibrate.material import Material, auroc, indices
 from safety.detector import Probe, cross_fit, fit_probe
+from safety.errors import UserError
 from safety.parts import TraceArtifact
 
 TOKENS = 16  # of each answer that are fitted on, evenly spread; neighbours say nearly the same
@@ -23,10 +24,13 @@ def fit(material: Material, artifacts: Artifacts) -> dict:
     A token is labelled by its answer: harmful where the undefended model complied with a harmful request. A refusal is
     a safe text, whatever was asked. How long the trace remembers is chosen by cross-validation.
     """
-    fitted, judged = (indices(which) for which in (~material.validation & material.understood, material.judging))
+    fitted, judged = (indices(which) for which in (material.fitting & material.understood, material.judging))
     states = {index: material.observed[index].tensor("states") for index in (*fitted, *judged)}
     x = {index: _spread(states[index].numpy()) for index in fitted}
-    labels = np.concatenate([np.full(len(x[index]), bool(material.complied[index])) for index in fitted])
+    labels = np.array([bool(material.complied[index]) for index in fitted for _ in x[index]])
+    if labels.all() or not labels.any():
+        raise UserError("The trace detector learns from harmful and from safe answers, and all of these samples' are "
+                        f"{'harmful' if labels.any() else 'safe'}. Give attacks that work, and ordinary requests.")
     groups = [index for index in fitted for _ in x[index]]
     with material.progress.stage("trace detector", 2) as tick:
         result = cross_fit(np.concatenate([x[index] for index in fitted]), labels, groups, strengths=STRENGTHS)

@@ -15,7 +15,7 @@ from safety.evaluate.arms import SAFETY_PROMPT, UNCALIBRATED, digest, parse_arms
 from safety.evaluate.model_judges import judge_records, model_judge
 from safety.evaluate.records import read_records
 from safety.evaluate.summary import summarise
-from safety.flags import count
+from safety.flags import count, seed
 from safety.lvlm import LVLM
 from safety.settings import check_length
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="length of the answers (default %(default)s)")
     parser.add_argument("--batch", type=count, default=run.BATCH,
                         help="requests answered at once, in all lanes (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which samples of a file or benchmark --limit draws")
+    parser.add_argument("--seed", type=seed, default=0, help="which samples of a file or benchmark --limit draws")
     parser.add_argument("--judge", default="safety.refusal",
                         help="what counts as a refusal: safety.refusal (default), or 'AdvBench prefixes' or 'garak "
                              "mitigation' if garak is installed; answers on disk are judged again, not given again")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safety.errors import UserError
-from safety.flags import count
+from safety.flags import count, seed
 from safety.mini.corpus import PUBLIC
 
 STAGES = ("base", "align", "vision", "instruct", "measure", "all")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="size of the measured samples relative to the card's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="where to train (default cpu); abilities are measured on the CPU")
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--seed", type=seed, default=0, help="of the training")
     parser.add_argument("--threads", type=count, help="CPU threads (default: all cores)")
 
 
