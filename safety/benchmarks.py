@@ -5,6 +5,7 @@ from either is written down at each loader. Nothing of these sets is part of thi
 """
 
 import random
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,7 +49,7 @@ def read(spec: str, limit: int | None = None, seed: int = 0) -> list[Sample]:
     try:
         table = loader.hub() if source == "hub" and loader.hub else loader.local(Path(source))
         samples = [table.sample(i, table.rows[i]) for i in _draw(len(table.rows), limit, seed)]
-    except (OSError, KeyError, TypeError, IndexError, ValueError) as error:
+    except (OSError, KeyError, TypeError, IndexError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{spec} could not be read as {name} ({type(error).__name__}: {error}). "

@@ -28,9 +28,16 @@ class Table:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
+    """Rows of a CSV file with a header.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ValueError(f"{path.name} is not a CSV file: {error}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -8,10 +8,31 @@ import torch
 from torch import Tensor
 
 from safety.artifacts import Artifacts
-from safety.defenses.revision import delta
 from safety.lvlm import LVLM
+from safety.parts import RevisionArtifact
 from safety.reading import ALOUD_TOKENS, READ_ALOUD, words_read
-from safety.settings import Lane
+from safety.settings import Lane, Revision
+
+
+def added_by(revision: Revision, part: RevisionArtifact) -> Tensor:
+    """What revision adds to a block's output, or to the heads' outputs in a row: alpha times safe minus unsafe."""
+    kind = f"{revision.level}_{revision.vector}"
+    if revision.level == "layer":
+        vector = part.vectors[kind][revision.layer]
+        if revision.units == "std":
+            vector = part.scales[kind][revision.layer] * vector / vector.norm()
+        return revision.alpha * vector
+    accuracy = part.accuracy[revision.layer].tolist()
+    heads = sorted(range(len(accuracy)), key=lambda head: -accuracy[head])
+    if revision.heads == "random":
+        heads = torch.randperm(len(accuracy), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = []
+    for head in range(len(accuracy)):
+        vector = part.vectors[kind][revision.layer, head]
+        if revision.units == "std":
+            vector = part.scales[kind][revision.layer, head] * vector / vector.norm()
+        rows.append(revision.alpha * vector if head in heads[:round(revision.fraction * len(heads))] else 0 * vector)
+    return torch.cat(rows)
 
 
 class Oracle:
@@ -45,7 +66,7 @@ class Oracle:
         handles = []
         if revise and revision:
             first = 0 if revision.positions == "all" else self.length - 1
-            added = delta(revision, self.artifacts.revision).to(self.lvlm.device)
+            added = added_by(revision, self.artifacts.revision).to(self.lvlm.device)
 
             def edit(x: Tensor) -> Tensor:
                 x = x.clone()

@@ -11,9 +11,10 @@ from PIL import Image
 from tiny import random_artifacts, tiny_llava
 
 from safety.decoding import REFUSAL
+from safety.defenses.revision import delta
 from safety.engine import Engine, Request
 from safety.errors import UserError
-from safety.parts import LayersArtifact
+from safety.parts import LayersArtifact, RevisionArtifact
 from safety.settings import Lane, Revision, Sampling, Sapt, Sasa
 
 STEPS = 24
@@ -80,6 +81,19 @@ def assert_like_oracle(engine, lane, outcome, prompt=PROMPT, image=IMAGE):
     assert gates == pytest.approx([] if oracle.gate is None else [oracle.gate], abs=1e-4)
     if oracle.harm:
         assert harm == pytest.approx(oracle.harm, abs=1e-4)
+
+
+def test_revision_points_from_unsafe_to_safe_with_the_best_heads_by_hand():
+    vectors = {f"{level}_{kind}": torch.full((2, 4, 3) if level == "head" else (2, 3), value)
+               for level in ("head", "layer") for kind, value in (("mms", 2.0), ("pwd", 5.0))}
+    scales = {name: torch.full(vector.shape[:-1], 7.0) for name, vector in vectors.items()}
+    part = RevisionArtifact(vectors, scales, torch.tensor([[0.5] * 4, [0.6, 0.9, 0.7, 0.8]]))
+    assert delta(Revision(1, alpha=2.0, level="layer"), part).tolist() == [4.0] * 3  # towards safe: alpha times
+    assert delta(Revision(1, alpha=-2.0, level="layer", vector="pwd"), part).tolist() == [-10.0] * 3
+    std = delta(Revision(1, alpha=2.0, level="layer", units="std"), part)
+    assert std.norm().item() == pytest.approx(14.0) and len(set(std.tolist())) == 1  # two standard deviations
+    heads = delta(Revision(1, alpha=1.0, fraction=0.5), part).view(4, 3)
+    assert heads.tolist() == [[0.0] * 3, [2.0] * 3, [0.0] * 3, [2.0] * 3]  # the second and the fourth are best
 
 
 @pytest.mark.parametrize("name", LANES)

@@ -176,6 +176,8 @@ def test_the_command_makes_suites_and_takes_them_up_again(lvlm, artifacts, tmp_p
     for other in ("blank-image", "no-image+sasa", "read-aloud"):
         with pytest.raises(UserError, match="cannot be attacked through: it is asked something else"):
             adversarial.run(lambda: pytest.fail("loaded"), arguments(tmp_path, "--through", other))
+    with pytest.raises(UserError, match="which the attack does not follow"):
+        adversarial.run(lambda: pytest.fail("loaded"), arguments(tmp_path, "--through", "sasa:mode=project"))
     with pytest.raises(UserError, match="whole numbers"):
         adversarial.run(lambda: lvlm, arguments(tmp_path, "--epsilon", "small"))
 

@@ -271,14 +271,17 @@ def test_lora_state_reloads_and_misfits_are_refused(tiny):
 
 
 def test_answer_loss_counts_answer_tokens_only(tiny):
-    examples = [align.Example([3, 4, 5, 6, 7], 2), align.Example([8, 9, 10], 1)]
+    rng = random.Random(0)
+    examples = [align.Example([rng.randrange(3, 30) for _ in range(length)], length // 2)
+                for length in range(2, 2 + 2 * align.GROUP)]  # of many lengths, more than run at once
     loss = align.answer_loss(tiny, examples, pad_id=0)
     total = torch.tensor(0.0)
     for example in examples:
         logits = tiny(torch.tensor([example.ids])).logits[0]
         for position in range(example.start, len(example.ids)):
             total -= torch.log_softmax(logits[position - 1], -1)[example.ids[position]]
-    torch.testing.assert_close(loss, total / 5, atol=1e-5, rtol=1e-5)
+    tokens = sum(len(example.ids) - example.start for example in examples)
+    torch.testing.assert_close(loss, total / tokens, atol=1e-5, rtol=1e-5)
 
 
 class StubTokenizer:

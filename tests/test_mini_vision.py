@@ -23,12 +23,12 @@ from safety.mini.handwriting import Handwriting, parts_of
 from safety.mini.joint import Joint
 from safety.mini.lexicon import LIST_OPENERS, build_lexicon, is_held_out, key_of
 from safety.mini.packing import pack, packed_loss
-from safety.mini.render import figstep, figstep_page, typeset
+from safety.mini.render import figstep, figstep_page
 from safety.mini.scenes import GRID, PATCH, SIDE, SceneMaker
 from safety.mini.symbols import COLOURS, SHAPES, have_emoji_font, shape
 from safety.mini.tasks import Turn
 from safety.mini.train_vision import mixed_batch, train_loop
-from safety.mini.vision import build_tower, code_book, encode, letter_table, spelled_code
+from safety.mini.vision import READING_BLOCKS, Reader, build_tower, code_book, encode, letter_table, spelled_code
 
 
 class ToyTokenizer:
@@ -58,7 +58,7 @@ class ToyTokenizer:
 
 @pytest.fixture(scope="module")
 def lexicon():  # type: ignore[no-untyped-def]
-    return build_lexicon(ToyTokenizer(), ["Steps to bake bread.", "Don't open the window!"])
+    return build_lexicon(ToyTokenizer(), ["Steps to bake bread.", "Don't open the window!", "A mirror."])
 
 
 def tiny_language_model(width: int = 32) -> LlamaForCausalLM:
@@ -94,20 +94,12 @@ def test_long_figstep_text_stays_on_the_page() -> None:
 
 
 def test_pictures_need_no_system_fonts(monkeypatch: pytest.MonkeyPatch, lexicon) -> None:  # type: ignore[no-untyped-def]
-    before = figstep("Tips to grow roses."), typeset("Hello there, reader!", size=20)
+    before = figstep("Tips to grow roses.")
     monkeypatch.setattr(scenes, "FONT_ROOT", Path("/nonexistent"))
     assert scenes.available_fonts() == [None]
-    assert figstep("Tips to grow roses.").tobytes() == before[0].tobytes()
-    assert typeset("Hello there, reader!", size=20).tobytes() == before[1].tobytes()
+    assert figstep("Tips to grow roses.").tobytes() == before.tobytes()
     scene = SceneMaker(lexicon).scene(np.random.default_rng(0), "list")
     assert scene.pixels.shape == (SIDE, SIDE, 3) and (scene.word >= 0).any()
-
-
-def test_typeset_rejects_nonsense() -> None:
-    with pytest.raises(ValueError, match="no text"):
-        typeset("  ")
-    with pytest.raises(ValueError, match="style"):
-        typeset("a", style="wavy")
 
 
 def test_labels_are_where_the_words_are(monkeypatch: pytest.MonkeyPatch, lexicon) -> None:  # type: ignore[no-untyped-def]
@@ -133,7 +125,7 @@ def test_labels_are_where_the_words_are(monkeypatch: pytest.MonkeyPatch, lexicon
 
 def test_held_out_words_are_never_drawn(lexicon) -> None:  # type: ignore[no-untyped-def]
     hidden = [row for row, key in enumerate(lexicon.keys) if is_held_out(key)]
-    assert all(lexicon.weights[row] == 0 for row in hidden)
+    assert lexicon.index["mirror"] in hidden and all(lexicon.weights[row] == 0 for row in hidden)
     assert not any(is_held_out(key_of(word)) for opener in LIST_OPENERS for word in opener.split())
     assert tasks.keeps_held_out("Steps to treat a cold") and not tasks.keeps_held_out("Steps to bake")
     assert key_of("Don't,") == "dont" and "dont" in lexicon.index
@@ -217,6 +209,15 @@ def test_what_other_processes_draw_ahead_is_what_would_have_been_drawn(lexicon) 
         assert all(torch.equal(labels[name], wanted_labels[name]) for name in wanted_labels)
     assert not multiprocessing.active_children()
     assert Ahead(str, 7, "cpu").workers == 0
+
+
+def test_the_readers_optimisers_share_out_what_its_losses_reach() -> None:
+    reader = Reader(build_tower())
+    groups = [group["params"] for optimiser in reader.optimisers(1e-3) for group in optimiser.param_groups]
+    given = [id(parameter) for parameters in groups for parameter in parameters]
+    unused = {id(p) for block in reader.tower.transformer.layers[READING_BLOCKS:] for p in block.parameters()}
+    assert sorted(given) == sorted({id(p) for p in reader.parameters()} - unused)
+    assert {p.ndim for p in groups[0]} == {2} and len(groups[0]) == 7 * READING_BLOCKS
 
 
 def test_training_resumes_where_it_was_killed(tmp_path: Path) -> None:

@@ -58,6 +58,10 @@ def run(load_model: Callable[[], LVLM], arguments: argparse.Namespace) -> int:
         if arm.baseline & {"no-image", "blank-image", "read-aloud"}:
             raise UserError(f"The lane {arm.name!r} cannot be attacked through: it is asked something else than the "
                             "picture, or more. Attack through none, and evaluate the pictures in this lane.")
+        if arm.lane.sasa is not None and arm.lane.sasa.mode == "project":
+            raise UserError(f"The lane {arm.name!r} cannot be attacked through: its answers are written behind SASA's "
+                            "projection, which the attack does not follow. Attack through none, and evaluate the "
+                            "pictures in this lane.")
     pictures = arguments.out / "pictures"
     requests = (suite_samples(arguments.suite, pictures, arguments.limit) if arguments.suite
                 else base_samples(pictures, arguments.limit))

@@ -137,7 +137,7 @@ class Surrogate:
             yield clean
 
     def gate(self, clean: Clean) -> list[tuple[Tensor, float]]:
-        """(logit, the threshold's logit) of SASA's probe; nothing without SASA.
+        """(logit, the threshold's logit) of SASA's probe; nothing without SASA, or where it never refuses.
 
         Args:
             clean: a pass on the request; what follows it does not matter, since every position sees only those before.

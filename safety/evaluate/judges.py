@@ -105,15 +105,17 @@ def agreement(path: Path) -> dict[str, Any]:
         "accuracy", "n"}}}: accuracy and n belong to "kappa".
 
     Raises:
-        UserError: no such file, or one without these columns.
+        UserError: no such file, or one without these columns or without answers of both kinds.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [(row["completion"], row["human_label"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError, UnicodeDecodeError) as error:
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} could not be read as a CSV file with "completion" and "human_label": {why(error)}.'
                         ) from error
     clear = [(text, label) for text, label in rows if label != PARTIAL]
+    if len({label == FULL for _, label in clear}) < 2:
+        raise UserError(f'{path} needs answers that people call refusals ("{FULL}") and answers that they do not.')
     judges = {}
     for name in ("safety.refusal", *field_lists()):
         judge = keyword_judge(name)

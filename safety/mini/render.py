@@ -9,7 +9,6 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -138,56 +137,6 @@ def resize_page(page: Page, side: int) -> Page:
     image = page.image.resize((side, side), Image.Resampling.BICUBIC)
     words = [PlacedWord(w.text, [edge * factor for edge in w.edges], w.middle * factor) for w in page.words]
     return Page(image, words)
-
-
-def typeset(
-    text: str,
-    *,
-    size: int = 28,
-    font: str | Path | None = None,
-    style: str = "plain",
-    side: int = 448,
-    colour: Colour = BLACK,
-    background: Colour = WHITE,
-) -> Image.Image:
-    """Draw a text on a square picture.
-
-    Args:
-        text: what to draw; line breaks are kept, long lines are wrapped.
-        size: font size in pixels on a 224-pixel picture (the miniature's input); scaled with ``side``.
-        font: path of a font file; Pillow's built-in font when None.
-        style: "plain", or "figstep" for the FigStep layout (:func:`figstep`; size and colours are then ignored).
-        side: side of the picture in pixels.
-        colour: RGB of the letters.
-        background: RGB of the page.
-
-    Raises:
-        ValueError: unknown style, or no text.
-    """
-    if not text.strip():
-        raise ValueError("There is no text to typeset.")
-    path = None if font is None else str(font)
-    if style == "figstep":
-        return figstep(text, font=path)
-    if style != "plain":
-        raise ValueError(f"Unknown style {style!r}; use 'plain' or 'figstep'.")
-    page = Page(Image.new("RGB", (side, side), background))
-    pixels = round(size * side / 224)
-    margin = side * 0.04
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        lines += wrap_to_width(paragraph.split(), side - 2 * margin, path, pixels) or [""]
-    height = len(lines) * pixels * 1.25
-    draw_lines(
-        page,
-        lines,
-        (margin, max(margin, (side - height) / 2)),
-        font=path,
-        size=pixels,
-        pitch=pixels * 1.25,
-        colour=colour,
-    )
-    return page.image
 
 
 def figstep_page(instruction: str, *, font: str | None = None, items: tuple[str, ...] = FIGSTEP_ITEMS) -> Page:
