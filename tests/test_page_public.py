@@ -150,7 +150,7 @@ def test_few_pictures_are_decoded_at_once(monkeypatch: Any) -> None:
 def test_a_run_after_a_picture_that_was_refused_says_that_it_has_none(tmp_path: Any) -> None:
     handlers, broken = Handlers(Host(engine())), tmp_path / "notes.png"
     broken.write_text("this is not a picture")
-    assert "could not be read" in handlers.check_image(Request(), str(broken))[1]  # type: ignore[arg-type]
+    assert "could not be read" in handlers.check_image(Request(), str(broken))  # type: ignore[arg-type]
     assert "This run has no picture" in outcome(handlers, "What is this?")[1]
     assert outcome(handlers, "What is this?")[1] == ""  # once is enough
     handlers.check_image(Request(), str(broken))  # type: ignore[arg-type]

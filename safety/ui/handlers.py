@@ -160,30 +160,30 @@ class Handlers:
         # A run that was going on has just been ended: it is not the visitor's any more, so Stop is switched off here.
         return image, prompt, playback.view(), "", gr.Button(interactive=False)
 
-    def restore(self, event: gr.EventData) -> tuple[Any, Any, str]:
+    def restore(self, event: gr.EventData) -> tuple[str | None, Any, str]:
         """Fill in a link's prompt and, if it was an example's, its image; returns (image, prompt, notice)."""
         if event._data.get("broken"):
-            return gr.skip(), gr.skip(), BROKEN_LINK
+            return None, gr.skip(), BROKEN_LINK
         preset = next((preset for preset in PRESETS if preset.key == event._data.get("preset")), None)
         image = str(preset.image) if preset is not None and preset.image is not None else None
         dropped = ", ".join(str(name)[:60] for name in (event._data.get("dropped") or [])[:6])
         return image, str(event._data.get("prompt", "")), f"{NOT_FITTING} {dropped}." if dropped else ""
 
-    def check_image(self, request: gr.Request, path: str | None) -> tuple[Any, str]:
-        """Take a file that cannot be used out of the form again, with the reason; returns (image, notice).
+    def check_image(self, request: gr.Request, path: str | None) -> str:
+        """Why a file cannot be used, or nothing; the page takes such a file out of the form again.
 
         The next run says again that it goes without the picture.
         """
         session = request.session_hash or ""
         self._rejected.pop(session, None)
         if path is None:
-            return gr.skip(), ""
+            return ""
         _, message = guarded(lambda: self._open(path), not self.host.mode.public)
         if message:
             self._rejected[session] = message
             while len(self._rejected) > REMEMBERED:
                 del self._rejected[next(iter(self._rejected))]
-        return (None if message else gr.skip()), message
+        return message
 
     async def watch(self) -> AsyncIterator[tuple[Any, Any]]:
         """Show how the model's loading goes until it is over; yields (head, editor)."""

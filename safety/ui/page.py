@@ -18,6 +18,9 @@ def _image_file(**kwargs: Any) -> gr.Image:
 
     The stock component opens and converts the file before our code sees it: a bomb would be decoded, and a damaged
     file would fail without a sentence for the visitor. `safety.inputs.open_image` does both safely.
+
+    No handler may answer with an update of this component, `gr.skip()` included: Gradio would make the visitor a stock
+    one in its place. (A subclass would not have this, but Gradio writes a stub file beside each subclass's source.)
     """
     image = gr.Image(type="filepath", sources=["upload"], buttons=[], **kwargs)
     image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
@@ -107,7 +110,8 @@ def build_page(model: Host | Engine) -> gr.Blocks:
         answers.reveal(handlers.reveal, None, answers, **at_once)
         stop.click(handlers.stop, None, None, **at_once)
         pictures: dict[str, Any] = quiet | {"concurrency_limit": DECODERS}
-        image.upload(handlers.check_image, image, [image, notice], **pictures)
+        checked = image.upload(handlers.check_image, image, notice, **pictures)
+        checked.then(None, [image, notice], image, js="(image, refused) => refused ? null : image", **at_once)
         page.load(handlers.watch, None, [head, editor], **wait)
         if not host.mode.public:
             head.switch(handlers.switch, None, notice, **at_once).then(handlers.watch, None, [head, editor], **wait)
