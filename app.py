@@ -21,7 +21,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the flags; argparse exits with a message of its own on an unknown one."""
     parser = argparse.ArgumentParser(description="One vision-language model, undefended and defended, side by side.")
     # A Space cannot pass flags: its variables give their defaults.
-    given = os.environ.get
+    def given(name: str, otherwise: str | None = None) -> str | None:
+        return os.environ.get(name) or otherwise  # an empty one is none
+
     parser.add_argument(
         "--model", default=given("DEMO_MODEL", "miniature"), help="miniature (default), a Hugging Face id, or a folder"
     )
@@ -42,10 +44,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--host",
-        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        default=given("GRADIO_SERVER_NAME", "127.0.0.1"),
         help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
     )
-    parser.add_argument("--port", default=os.environ.get("GRADIO_SERVER_PORT", "7860"), help="default: %(default)s")
+    parser.add_argument("--port", default=given("GRADIO_SERVER_PORT", "7860"), help="default: %(default)s")
     return parser.parse_args(arguments)
 
 

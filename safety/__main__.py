@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safety.errors import UserError, out_of_memory
 from safety.flags import count
-from safety.settings import NEW_TOKENS, Lane, Sampling, check_length
+from safety.settings import MAX_LANES, NEW_TOKENS, Lane, Sampling, check_length
 
 if TYPE_CHECKING:
     from safety.artifacts import Artifacts
@@ -78,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}. Check the path, its permissions and the free space.",
@@ -178,6 +182,9 @@ def _lanes(spec: str, artifacts: "Artifacts") -> list[Lane]:
     """
     from safety.evaluate.arms import parse_arms
     arms = parse_arms(spec, lambda folder: artifacts, baselines=False)
+    if len(arms) > MAX_LANES:
+        raise UserError(f"These are {len(arms)} lanes; at most {MAX_LANES} can run side by side. Name fewer, or "
+                        "compare more with python -m safety evaluate.")
     for arm in arms:
         if arm.folder is not None:
             raise UserError(f"Lane {arm.name!r}: here all lanes share the artifacts of --artifacts. Leave artifacts= "
@@ -199,8 +206,10 @@ def _request(line: str, folder: Path) -> "Request":
         prompt, image = row["prompt"], row.get("image")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError('This is not a JSON object with a "prompt".') from error
-    if image is not None and not isinstance(image, str):
-        raise UserError('"image" must be a path.')
+    if image is not None and not (isinstance(image, str) and image):
+        raise UserError('"image" must be a path; leave it out where there is none.')
+    if odd := [key for key in row if key.lower() in ("prompt", "image") and key not in ("prompt", "image")]:
+        raise UserError(f'{odd[0]!r} is not read: write "{odd[0].lower()}".')
     return Request(prompt, folder / image if image else None)
 
 

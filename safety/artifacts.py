@@ -163,7 +163,7 @@ def artifact_folders(lvlm: LVLM, root: Path | None = None) -> list[Found]:
                 found.append(Found(path.parent, ""))
             except UserError as error:
                 found.append(Found(path.parent, str(error)))
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, RecursionError):
                 continue
     return sorted(found, key=lambda item: item.reason != "")
 
@@ -217,7 +217,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"The artifact file {folder / CONFIG} is missing. Restore it or calibrate again.") from error
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"The artifacts in {folder} are damaged ({type(error).__name__}: {error}). "
                         "Restore them or calibrate again.") from error
 
@@ -266,13 +266,14 @@ def _read(folder: Path, config: dict[str, Any], lvlm: LVLM) -> Artifacts:
         raise
     except FileNotFoundError as error:
         raise UserError(f"The artifact file {error.filename} is missing. Restore it or calibrate again.") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"The artifacts in {folder} are damaged ({type(error).__name__}: {error}). "
                         "Restore them or calibrate again.") from error
-    for name in DEFENSES:
-        if (getattr(artifacts, name) is None) != (getattr(artifacts.settings, name) is None):
+    given = {*config["settings"], *(["trace"] if config.get("trace_threshold") is not None else [])}
+    for name in (*DEFENSES, "trace"):
+        if (getattr(artifacts, name) is None) != (name not in given):
             raise UserError(f"The artifacts in {folder} have {name} tensors without settings or the reverse. "
-                            "Calibrate again.")
+                            "Restore them or calibrate again.")
     for lane in [artifacts.standard_lanes(name)[0] for name in DEFENSES if getattr(artifacts, name) is not None]:
         artifacts.check(lane, lvlm.blocks)
     return artifacts

@@ -266,7 +266,8 @@ class Run:
             return row.held
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits.cpu() / self.sampling.temperature, -1)
+        logits = logits.cpu().double()  # less their maximum, so that no temperature makes one infinite
+        probabilities = torch.softmax((logits - logits.max()) / self.sampling.temperature, -1).float()
         ranked, order = probabilities.sort(descending=True, stable=True)
         ranked = ranked * (ranked.cumsum(-1) - ranked < self.sampling.top_p)  # the smallest set that holds top_p
         return int(order[torch.multinomial(ranked, 1, generator=row.generator)])

@@ -2,11 +2,12 @@
 
 import base64
 import io
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from safety.errors import UserError
 
@@ -15,7 +16,12 @@ MAX_BYTES = 32 * 2**20
 MAX_SIDE = 1536  # larger pictures are shrunk, also for models that cut pictures into tiles and could see more
 MAX_CHARACTERS = 8_000
 BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
-DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises at broken files
+# What Pillow raises at broken files.
+DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError,
+           AttributeError, struct.error)
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # by EXIF orientation
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
@@ -78,18 +84,30 @@ def _decode(image: Image.Image, name: str, reduced: bool = False) -> Image.Image
         if reduced:
             image.draft("RGB", (MAX_SIDE, MAX_SIDE))
         image.load()
-        return _finish(ImageOps.exif_transpose(image))
+        return _finish(_upright(image))
     except BOMBS:  # a frame can be larger than its picture
         raise UserError(_too_many_pixels(name)) from None
     except DAMAGED as error:
         raise UserError(_damaged(name)) from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; as it is where that cannot be read. ImageOps.exif_transpose also writes all
+    other EXIF anew, and fails at a good photo with one odd entry."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGED:
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
 def _finish(image: Image.Image) -> Image.Image:
     """RGB on white, at most MAX_SIDE pixels a side."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        # Convert() would clip 16-bit greys to white: scale them to eight bits instead.
-        top = 65535.0 if image.mode.startswith("I;16") or np.asarray(image).max() > 255 else 255.0
+        # Convert() would clip 16-bit greys to white, and leave floats from 0 to 1 black: scale them to eight bits.
+        brightest = np.asarray(image).max()
+        top = 65535.0 if image.mode.startswith("I;16") or brightest > 255 else 255.0
+        top = 1.0 if image.mode == "F" and brightest <= 1 else top
         image = image.convert("F").point(lambda value: value * (255.0 / top)).convert("L")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

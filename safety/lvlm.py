@@ -88,7 +88,8 @@ class LVLM:
         eos = self.model.generation_config.eos_token_id
         eos = eos if eos is not None else self.tokenizer.eos_token_id
         self.eos_ids: frozenset[int] = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
-        special = [str(token) for token in self.tokenizer.all_special_tokens]
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [*map(str, self.tokenizer.all_special_tokens), *(token.content for token in added if token.special)]
         image_token = getattr(self.processor, "image_token", None)
         self.markers = sorted({*special, *([image_token] if image_token else [])} - {""})
 

@@ -13,6 +13,7 @@ from safety.lvlm import LVLM
 from safety.settings import Sasa
 
 Tensors = Mapping[str, Tensor]
+MAX_SOFT_TOKENS = 512  # each check runs them all
 
 
 @dataclass
@@ -124,7 +125,7 @@ class SaptArtifact:
     def read(cls, tensors: Tensors, lvlm: LVLM) -> "SaptArtifact":
         """From what was stored; raises UserError where it does not fit the model."""
         soft = tensors["soft"].float()
-        _check_shape("soft", soft, (soft.shape[0], lvlm.width))
+        _check_shape("soft", soft, (min(max(soft.shape[0], 1), MAX_SOFT_TOKENS), lvlm.width))
         return cls(soft.to(lvlm.device), {name: _read_probe(tensors, name, lvlm.width, lvlm.device)
                                           for name in ("joint", "frozen") if f"{name}.weight" in tensors})
 

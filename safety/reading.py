@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safety.artifacts import Artifacts
 from safety.decoding import Run, Typed
+from safety.inputs import MAX_CHARACTERS
 from safety.lvlm import LVLM
 from safety.settings import Lane, Sampling
 
@@ -63,9 +64,9 @@ def type_out(lvlm: LVLM, prompts: Sequence[str], pictures: Sequence[Image.Image 
 
 
 def as_text(lvlm: LVLM, read: str, prompt: str) -> tuple[dict[str, Tensor], ...]:
-    """Prepared without a picture: the words that were read, the prompt, and the words above the prompt; the prompt
-    alone where nothing was read."""
-    texts = (read, prompt, f"{read}\n{prompt}") if read else (prompt,)
+    """Prepared without a picture: the words that were read, the prompt, and the words above the prompt (as far as a
+    prompt may go); the prompt alone where nothing was read."""
+    texts = (read, prompt, f"{read}\n{prompt}"[:MAX_CHARACTERS]) if read else (prompt,)
     return tuple(lvlm.prepare(text, None, 0) for text in texts)
 
 

@@ -4,7 +4,6 @@ Settings are plain frozen values; they are checked against the loaded model and 
 model work, so a slider or a flag from a stranger never reaches a tensor unchecked. Decoder blocks count from 0.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,10 +15,11 @@ NEW_TOKENS = 128  # of an answer, if nobody says otherwise
 
 
 def _number(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
         raise UserError(f"{name} must be a number between {low:g} and {high:g}, but it is {value!r}.")
     if not low <= value <= high:
-        raise UserError(f"{name} must be between {low:g} and {high:g}, but it is {value:g}.")
+        shown = f"{value:g}" if abs(value) < 1e15 else "far beyond"
+        raise UserError(f"{name} must be between {low:g} and {high:g}, but it is {shown}.")
 
 
 def _whole(name: str, value: int, low: int, high: int) -> None:

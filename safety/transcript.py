@@ -58,6 +58,12 @@ class Step:
     layers: tuple[float, ...] = ()
 
 
+def _told_apart(probability: float, threshold: float) -> tuple[str, str]:
+    """Both with two digits, or as many more as it takes to see which is higher."""
+    digits = next((count for count in range(2, 7) if round(probability, count) != round(threshold, count)), 2)
+    return f"{probability:.{digits}f}", f"{threshold:.{digits}f}"
+
+
 @dataclass
 class Answer:
     """One lane's transcript, grown by `add`. trace_threshold: where the trace counts as crossed."""
@@ -94,8 +100,13 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Does the answer refuse anywhere?"""
-        return refusal_start(self.text) is not None
+        """Does the answer refuse anywhere? Where SASA refused, it does, however little of it fits."""
+        return self.gated or refusal_start(self.text) is not None
+
+    @property
+    def gated(self) -> bool:
+        """Did SASA refuse before the first word?"""
+        return any(event.type == "gate" and event.fired for event in self.events)
 
     @property
     def refusal_token(self) -> int | None:
@@ -117,17 +128,20 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens per second of decoding (the prompt's prefill not counted)."""
-        return len(self.tokens) / max(self.seconds - self.prefill_seconds, 1e-9)
+        """Decoding steps per second, 0 where there was none: the first token comes of the prompt's prefill, which is
+        not counted; the token that ends an answer, which is not shown, is."""
+        steps = len(self.tokens) - (self.finish != "eos")
+        return max(steps, 0) / max(self.seconds - self.prefill_seconds, 1e-9)
 
     def summary(self) -> str:
         """One sentence for people, such as "Crossed 0.90 at token 34; 1 injection; refusal began at 41."."""
         gate = next((event for event in self.events if event.type == "gate"), None)
         read = shorten(gate.read, WIDEST, placeholder="…") if gate else ""
         sasa = f"SASA read “{read}” and" if read else "SASA"
+        found, limit = _told_apart(gate.probability, gate.threshold) if gate else ("", "")
         if gate and gate.fired:
-            return f"{sasa} refused before the first token: P(harm) {gate.probability:.2f} ≥ {gate.threshold:.2f}."
-        parts = [f"{sasa} let it pass, P(harm) {gate.probability:.2f} < {gate.threshold:.2f}"] if gate else []
+            return f"{sasa} refused before the first token: P(harm) {found} ≥ {limit}."
+        parts = [f"{sasa} let it pass, P(harm) {found} < {limit}"] if gate else []
         if any(p is not None for p in self.harm):
             parts.append(f"stayed below {self.trace_threshold:.2f} in {len(self.tokens)} tokens" if self.crossed is None
                          else f"crossed {self.trace_threshold:.2f} at token {self.crossed}")

@@ -111,6 +111,7 @@ def test_a_file_of_another_kind_with_the_right_checksum_is_refused(lvlm, folder)
     lambda c: c.pop("fingerprint"), lambda c: c.update(files=7), lambda c: c["settings"].update(sapt={"cheese": 1}),
     lambda c: c["settings"]["sapt"].update(threshold="high"), lambda c: c["settings"]["revision"].update(layer=77),
     lambda c: c["settings"].pop("sapt"), lambda c: c.update(format=99),
+    lambda c: c["files"].pop("sapt.safetensors"), lambda c: c["files"].pop("trace.safetensors"),
     lambda c: c["files"].__setitem__("../../etc/passwd", "0"),
     lambda c: c["files"].__setitem__("./sasa.safetensors", c["files"].pop("sasa.safetensors")),
     lambda c: c.update(about=["a"]), lambda c: c.update(trace_threshold="high"), lambda c: c.pop("settings"),
@@ -124,6 +125,9 @@ def test_a_tampered_config_is_refused(lvlm, folder, change):
 
 def test_a_config_that_is_not_json_and_a_missing_folder_are_refused(lvlm, folder):
     (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        load_artifacts(lvlm, folder)
+    (folder / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="damaged"):
         load_artifacts(lvlm, folder)
     with pytest.raises(UserError, match="missing"):

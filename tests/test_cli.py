@@ -120,13 +120,14 @@ def test_an_unknown_lane_is_answered_with_the_lanes_that_generate_has(generate):
 
 def test_malformed_lines_are_answered_in_their_place_and_numbered_as_in_the_file(generate, tmp_path):
     bad = ["[1]", "{}", '{"prompt": "a", "image": 3}', "not json", "[" * 100_000,
+           '{"prompt": "a", "image": ""}', '{"prompt": "a", "Image": "a.png"}',
            json.dumps({"prompt": "a", "image": "x" * 5000})]
     (tmp_path / "r.jsonl").write_text("\n".join(['\ufeff{"prompt": "one\u2028two"}', "", *bad, '{"prompt": "b"}']))
     status, out, err = generate("--requests", str(tmp_path / "r.jsonl"), "--lanes", "none")
     lines = [json.loads(line) for line in out.splitlines()]
-    assert status == 2 and ["error" in line for line in lines] == [False, *[True] * 6, False]
+    assert status == 2 and ["error" in line for line in lines] == [False, *[True] * 8, False]
     assert all(line["model"] == "tiny" for line in lines)
-    assert [f"line {number}:" in err for number in range(1, 10)] == [False, False, *[True] * 6, False]
+    assert [f"line {number}:" in err for number in range(1, 12)] == [False, False, *[True] * 8, False]
 
 
 def test_a_file_without_requests_is_refused(generate, tmp_path):
@@ -143,9 +144,17 @@ def test_lanes_are_written_as_in_an_evaluation(generate):
     assert lanes["sasa+sapt"]["events"][0]["type"] == "gate"
 
 
+def test_one_layer_of_a_pair_is_taken_with_the_calibrated_other_one(generate):
+    status, out, _ = generate("--prompt", "a", "--lanes", "sasa:mode=project:safety_layer=3", "--json")
+    assert status == 0 and json.loads(out)["lanes"][0]["tokens"]
+    status, _, err = generate("--prompt", "a", "--lanes", "sasa:safety_layer=3")
+    assert status == 2 and "Choose one of 1 and 3, 2 and 4" in err
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--lanes", "none,sasaa"], "'sasaa'. Choose from none, sasa"), (["--lanes", "sapt:depth=1"], "no setting 'depth'"),
     (["--lanes", "sapt:interval=x"], "a whole number"), (["--lanes", "sapt:artifacts=x"], "share the artifacts"),
+    (["--lanes", "extensions"], "These are 9 lanes; at most 6"),
     (["--lanes", "safety-prompt"], "baseline"), (["--lanes", "random-vector"], "baseline"), (["--top-p", "7"], "Top-p"),
     (["--max-new-tokens", "0"], "new tokens"), (["--image", "no-such.png"], "'no-such.png' was not found")])
 def test_what_needs_no_model_is_refused_before_one_is_loaded(monkeypatch, capsys, flags, message):
@@ -236,7 +245,13 @@ def test_answers_sum_themselves_up():
     assert gate.summary() == "SASA refused before the first token: P(harm) 0.97 ≥ 0.50."
     passed = answer_of(["Hi", "!"], [0.1, 0.2], [Event("gate", 0, 0.6, 0.82, False)])
     assert passed.summary() == "SASA let it pass, P(harm) 0.60 < 0.82; stayed below 0.90 in 2 tokens; no refusal."
+    passed.events = [Event("gate", 0, 0.7612, 0.7625, False)]
+    assert "P(harm) 0.761 < 0.762;" in passed.summary() or "P(harm) 0.761 < 0.763;" in passed.summary()
+    cut = answer_of(["I"], [0.1], [Event("gate", 0, 0.97, 0.5, True)])
+    assert cut.refused and cut.refusal_token is None  # SASA refused, though one word of it is left
     gate.events = [Event("gate", 0, 0.97, 0.5, True, "steps to steal a car.", 280)]
     assert gate.summary() == ("SASA read “steps to steal a car.” and refused before the first token: "
                               "P(harm) 0.97 ≥ 0.50.")
+    assert answer.tokens_per_second == pytest.approx(7 / 0.7)  # the first token comes of the prefill
+    answer.finish = "eos"  # the token that ends the answer took a step of its own
     assert answer.tokens_per_second == pytest.approx(8 / 0.7)

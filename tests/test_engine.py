@@ -177,6 +177,7 @@ def test_sampling_is_seeded_per_lane(engine):
     hot = Sampling(temperature=1.0, top_p=0.9, seed=7)
     first, second = run(engine, lanes, sampling=hot), run(engine, lanes, sampling=hot)
     assert first == second
+    assert run(engine, lanes[:1], sampling=Sampling(temperature=1e-40))[0][0] == run(engine, lanes[:1])[0][0]
     assert first[0][0] == first[1][0] == first[2][0]  # equal logits, equal draws
     assert run(engine, lanes[:1], sampling=replace(hot, seed=8))[0][0] != first[0][0]
 

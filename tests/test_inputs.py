@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from safety.errors import UserError
 from safety.inputs import MAX_SIDE, check_prompt, open_image
@@ -86,6 +86,31 @@ def test_exif_rotation_is_applied(tmp_path):
     turned = open_image(save(picture, tmp_path / "turned.png", exif=exif))
     assert turned.size == (20, 40)
     assert turned.getpixel((10, 2)) == (255, 0, 0) and turned.getpixel((10, 37)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
+    picture = Image.fromarray(np.arange(90, dtype=np.uint8).reshape(5, 6, 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(picture, tmp_path / "turned.png", exif=exif)
+    assert open_image(path).tobytes() == ImageOps.exif_transpose(Image.open(path)).tobytes()
+
+
+def test_a_good_photo_with_an_odd_entry_in_its_exif_is_taken(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "not a number"
+    odd = exif.tobytes().replace(b"\x01\x31\x00\x02", b"\x01\x1a\x00\x02")  # not the software's name, but XResolution
+    path = save(Image.new("RGB", (40, 20), "red"), tmp_path / "odd.jpg", exif=odd)
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(path))
+    assert open_image(path).size == (20, 40)
+
+
+def test_floats_from_zero_to_one_are_a_picture(tmp_path):
+    path = save(Image.fromarray(np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)), tmp_path / "floats.tif")
+    grey = np.asarray(open_image(path))
+    assert (grey.min(), grey.max()) == (0, 255)
 
 
 def test_large_pictures_are_shrunk_and_small_ones_kept(tmp_path):

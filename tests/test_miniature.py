@@ -82,7 +82,7 @@ def test_it_reads_and_speaks(engine):
 
 
 def test_prompts_with_the_models_own_markers_are_refused(engine):
-    for marker in ("<image>", "<|im_start|>", "<|im_end|>"):
+    for marker in ("<image>", "<|im_start|>", "<|im_end|>", "<file_sep>", "<jupyter_start>"):
         with pytest.raises(UserError, match="control marker"):
             engine.answer(f"Hello {marker}", lanes=[Lane("none")])
 

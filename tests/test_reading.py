@@ -85,6 +85,13 @@ def test_a_picture_that_shows_control_markers_is_judged_all_the_same(engine, mon
     assert event.read == "see"
 
 
+def test_a_long_prompt_is_judged_as_far_as_a_prompt_may_go(engine, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_CHARACTERS", len("words\nis it"))
+    whole, cut = (reading.as_text(engine.lvlm, "words", prompt) for prompt in ("is it", "is it so"))
+    assert torch.equal(cut[2]["input_ids"], whole[2]["input_ids"])
+    assert cut[1]["input_ids"].shape[1] > whole[1]["input_ids"].shape[1]
+
+
 def test_a_cancelled_reading_ends_the_run_and_frees_the_model(engine):
     cancel = threading.Event()
     handle = engine.lvlm.layers[0].register_forward_hook(lambda *a: cancel.set())  # while the picture is read

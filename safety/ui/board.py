@@ -14,7 +14,7 @@ import gradio as gr
 from safety.engine import Answer, Event
 from safety.settings import Lane
 from safety.ui.names import DEFENDED, DEFENSES, UNDEFENDED
-from safety.ui.words import ENDED, overhead, verdict
+from safety.ui.words import ENDED, overhead, verdict, went_on
 
 # What each reason to end is called on the page.
 STATE = {None: "streaming", "eos": "done", "length": "limit", "gate": "refused"}
@@ -114,7 +114,7 @@ def _lane_view(lane: Lane, answer: Answer, state: str, wait: str, alarm: float |
         defended=bool(lane.sasa or lane.revision or lane.sapt),
         chips=chips(lane),
         # An answer that refuses in its own words is a refusal, too, however it ended.
-        state="refused" if state in ("done", "limit") and answer.refused else state,
+        state="refused" if state in ("done", "limit") and answer.refused and not went_on(answer) else state,
         wait=wait,
         tokens=[token if i < hidden else _blot(token) for i, token in enumerate(answer.tokens)],
         harm=[None if p is None else round(p, DIGITS) for p in answer.harm],
@@ -134,7 +134,7 @@ def _lane_view(lane: Lane, answer: Answer, state: str, wait: str, alarm: float |
 
 def _covered_from(answer: Answer, alarm: float | None) -> int:
     """Index of the first token that is hidden; without a detector nobody watches, so all are."""
-    if any(event.type == "gate" and event.fired for event in answer.events):
+    if answer.gated:
         return len(answer.tokens)  # the fixed refusal
     if alarm is None or any(p is None for p in answer.harm):
         return 0

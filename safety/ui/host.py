@@ -171,6 +171,11 @@ class Host:
             self._message = ""
         except UserError as error:
             self._message, self._failed = str(error), True
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            self._message = (f"{self._name} failed: {error.strerror or error}{where}. Check the path, its permissions "
+                             "and the free space.")
+            self._failed = True
         except Exception as error:  # a thread of its own: nobody else would hear of it
             log.exception("%s failed", self._name)
             self._message, self._failed = f"{self._name} failed: {type(error).__name__}. The log has the details.", True

@@ -66,9 +66,10 @@ def measured(about: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _refused(held_out: dict[str, Any], lane: str, kind: str) -> list[int] | None:
-    counts = (held_out[lane].get(kind) or {}).get("refused") or {}
-    hits, n = counts.get("hits"), counts.get("n")
-    return [hits, n] if isinstance(hits, int) and isinstance(n, int) and 0 <= hits <= n > 0 else None
+    row = held_out[lane].get(kind)
+    counts = row.get("refused") if isinstance(row, dict) else None
+    hits, n = (counts.get("hits"), counts.get("n")) if isinstance(counts, dict) else (None, None)
+    return [hits, n] if type(hits) is type(n) is int and 0 <= hits <= n > 0 else None
 
 
 def _cell(hits: int, n: int) -> dict[str, str]:
