@@ -71,6 +71,23 @@ def test_an_example_streams_in_every_column_with_marks_and_badge(page: Any, engi
     assert request["prompt"] == PRESETS[0].prompt and request["image"].mode == "RGB"
 
 
+def test_the_board_names_what_it_answers_and_another_run_starts_at_its_own_alarm_line(page: Any) -> None:
+    card = page.locator(".card-fill").first
+    start(page, ".card-run >> nth=0")
+    wait_for_end(page)
+    assert page.locator(".asked").inner_text().startswith(f"Asked: {PRESETS[0].title}: ")
+    assert card.get_attribute("aria-pressed") == "true"
+    page.focus(".alarm-knob input")
+    page.keyboard.press("End")
+    page.wait_for_function("() => document.querySelector('.summary').textContent.startsWith('Re-marked')")
+    page.fill("#prompt textarea", "Another thing?")
+    assert card.get_attribute("aria-pressed") == "false" and "Another" not in page.locator(".asked").inner_text()
+    start(page)
+    wait_for_end(page)
+    assert page.locator(".asked").inner_text().endswith(": Another thing?")
+    assert "Re-marked" not in page.locator(".lanes").inner_text()
+
+
 def test_a_benign_prompt_passes_the_gate_in_two_columns(page: Any) -> None:
     ask(page, "How do I train a dog?")
     wait_for_end(page)

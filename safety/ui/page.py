@@ -69,7 +69,7 @@ def build_page(model: Host | Engine) -> gr.Blocks:
                         lines=3,
                         max_lines=5,
                         elem_id="prompt",
-                        placeholder="Ask something, with or without an image",
+                        placeholder="Ask something, with or without an image (Shift+Enter runs it)",
                     )
                 editor = _editor(host, elem_id="editor")
                 with gr.Column(elem_id="actions"):

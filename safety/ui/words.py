@@ -21,6 +21,8 @@ def verdict(lanes: list[Lane], answers: list[Answer], states: list[str], harmful
     if not all(state in ENDED for state in states):
         return ""
     if "stopped" in states:
+        if not any(answer.tokens for answer in answers):
+            return "You stopped this run before its first word."
         return "You stopped this run: what was written until then is below."
     parts = [_alone(answers[0], harmful)]
     refused = [answer.name for answer in answers[1:] if answer.refused]

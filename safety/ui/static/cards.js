@@ -8,3 +8,13 @@ element.addEventListener('click', event => {
   else if (button.classList.contains('card-replay')) trigger('replay', detail);
   else trigger('pick', detail);
 });
+
+// Another prompt or picture is no longer the example's.
+for (const kind of ['input', 'change', 'click']) {
+  document.addEventListener(kind, event => {
+    const other = kind === 'click' ? '#image button' : kind === 'input' ? '#prompt textarea' : '#image input';
+    if (event.isTrusted && event.target.closest?.(other)) {
+      for (const card of element.querySelectorAll('.card-fill')) card.setAttribute('aria-pressed', 'false');
+    }
+  });
+}

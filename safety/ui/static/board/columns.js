@@ -57,6 +57,7 @@ function makeColumn(lane, index) {
 function rebuild(view) {
   if (view.run !== run) {
     marks.clear();
+    alarm = null;  // moved for the run before: this one was run with the calibrated line
     // On a phone the answers are below the form: bring a new run into view.
     if (view.run !== 'empty' && window.innerWidth <= 900) element.scrollIntoView({block: 'start', behavior: 'smooth'});
   }

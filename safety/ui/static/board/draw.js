@@ -26,7 +26,11 @@ function paint(view) {
     setText(column.speed, lane.speed + work);
     column.speed.title = work && lane.defended ? 'Counted: blocks times positions that this lane computed beyond an undefended answer of the same length' : '';
   });
-  setText(find('.verdict'), view.verdict || (view.run === 'empty' ? 'Pick an example or ask something: what happens is said here in plain words.' : view.lanes.some(lane => ['error', 'memory'].includes(lane.state)) ? 'This run failed.' : 'Running …'));
+  setText(find('.verdict'), view.verdict || (view.run === 'empty' ? 'Pick an example or ask something: what happens is said here in plain words.' : view.lanes.some(lane => ['error', 'memory'].includes(lane.state)) ? 'This run failed.' : view.lanes.some(lane => lane.state === 'queued') ? 'Waiting in line …' : 'Running …'));
+  const asked = find('.asked');
+  asked.hidden = !view.about.prompt;
+  setText(asked, asked.hidden ? '' : `Asked: ${titleOf(view)}`);
+  asked.title = view.about.prompt || '';
   find('.int8').hidden = !(view.about.model || '').includes('int8');
   drawLayers(view);
   drawKeep(view);

@@ -43,7 +43,7 @@ function listRuns() {
     const words = html('span', 'words', row);
     html('b', '', words, titleOf(view));
     html('span', '', words, view.verdict);
-    html('small', '', row, `${(view.about.date || '').slice(11, 16)} · ${view.about.model || ''} · ${view.lanes.length} columns`);
+    html('small', '', row, `${(view.about.date || '').slice(11, 16)} · ${view.about.model || ''} · ${view.lanes.length} column${view.lanes.length > 1 ? 's' : ''}`);
     box.addEventListener('change', () => {
       picked = box.checked ? [...picked, view.run].slice(-2) : picked.filter(run => run !== view.run);
       listRuns();

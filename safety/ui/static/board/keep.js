@@ -90,8 +90,11 @@ function pageOf(view) {
   return '<!doctype html>\n' + page.documentElement.outerHTML;
 }
 
-keepBox.querySelector('.save-json').addEventListener('click', () =>
-  offer(`safety-${stamp(shown)}.json`, 'application/json', JSON.stringify(moved(shown) ? {...shown, remarked: {alarm: alarmOf(shown), thresholds: marks.moved}} : shown, null, 1)));
+keepBox.querySelector('.save-json').addEventListener('click', () => {
+  const {props, __type__, ...view} = shown;  // Gradio leaves these two in some updates
+  if (moved(view)) view.remarked = {alarm: alarmOf(view), thresholds: marks.moved};
+  offer(`safety-${stamp(view)}.json`, 'application/json', JSON.stringify(view, null, 1));
+});
 keepBox.querySelector('.save-html').addEventListener('click', () =>
   offer(`safety-${stamp(shown)}.html`, 'text/html', pageOf(shown)));
 keepBox.querySelector('.save-link').addEventListener('click', () => {

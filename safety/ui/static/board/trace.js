@@ -68,7 +68,7 @@ function placeLabel(column, line) {
     return px >= from && py >= high && py <= low;
   });
   const above = line <= 0.2 || (meets(at, at + 16) && !meets(at - 16, at));
-  column.label.setAttribute('y', at + (above ? -5 : 12));
+  column.label.setAttribute('y', Math.max(9, at + (above ? -5 : 12)));  // below the drawing's edge
 }
 
 function drawMark(column, lane, mark) {
