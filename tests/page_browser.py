@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from absent import absent
 
 from safety.errors import UserError
 from safety.ui.browser import chromium
@@ -15,12 +16,11 @@ ENDED = """() => [...document.querySelectorAll('.lane')].every(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    pytest.importorskip("playwright")
     try:
         with chromium() as browser:
             yield browser
     except UserError as error:
-        pytest.skip(str(error))
+        absent(str(error))
 
 
 class opened:

@@ -1,6 +1,9 @@
 """The front door: flags, addresses, and a page that opens whatever becomes of the model."""
 
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -77,3 +80,17 @@ def test_app_takes_its_defaults_from_a_spaces_variables(monkeypatch: Any) -> Non
     monkeypatch.setenv("DEMO_QUANTIZATION", "nf4")
     flags = app.parse(["--artifacts", "here", "--revision", "main"])
     assert (flags.model, flags.quantization, flags.artifacts, flags.revision) == ("org/model", "nf4", "here", "main")
+
+
+def test_a_wrong_flag_is_refused_before_torch_is_imported() -> None:
+    code = "import sys, app; status = app.main(['--port', 'x']); sys.exit(status if 'torch' not in sys.modules else 1)"
+    root = Path(app.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "--port must be a number" in run.stderr
+
+
+def test_the_library_offers_what_it_names() -> None:
+    import safety
+    assert {name: getattr(safety, name).__name__ for name in safety.__all__} == {name: name for name in safety.__all__}
+    with pytest.raises(AttributeError, match="no attribute 'magic'"):
+        safety.magic  # noqa: B018

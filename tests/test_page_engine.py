@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from absent import absent
 from page_browser import browser, opened, start, states, texts, wait_for_end
 from test_page_public import outcome
 from tiny import random_artifacts, tiny_llava
@@ -26,7 +27,7 @@ def miniature() -> Engine:
     try:
         base_folder()
     except BaseModelError as error:
-        pytest.skip(f"the miniature's language model is neither cached nor reachable: {error}")
+        absent(f"the miniature's language model is neither cached nor reachable: {error}")
     lvlm = load("miniature")
     return Engine(lvlm, load_artifacts(lvlm))
 

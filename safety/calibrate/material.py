@@ -18,6 +18,7 @@ from safety.calibrate.progress import Progress
 from safety.lvlm import LVLM
 from safety.refusal import refusal_start
 from safety.samples import Sample
+from safety.settings import Sapt
 from safety.statistics import conformal_threshold
 
 PARTS = ("sasa", "revision", "sapt", "trace")
@@ -46,9 +47,9 @@ class Recipe:
     per_scenario: int | None = None
     construction: Construction = "multi-response"
     pairs: int = 200
-    detector: Literal["joint", "frozen"] = "joint"
+    detector: Literal["joint", "frozen"] = Sapt.detector
     soft: soft_prompt.Recipe = field(default_factory=soft_prompt.Recipe)
-    interval: int = 16
+    interval: int = Sapt.interval
     seed: int = 0
 
 

@@ -25,7 +25,7 @@ from safety.settings import Sapt
 LOOKS = 16  # held-out lessons of each side that decide when training stops
 BATCH = 16  # checks that are computed together
 CURVES = "sapt-losses.png"
-PAPERS = {"joint": 0.9, "frozen": 0.8}  # fixed thresholds of the paper and of the authors' code
+PAPERS = {"joint": Sapt.threshold, "frozen": 0.8}  # fixed thresholds of the paper and of the authors' code
 
 
 def fit(material: Material, artifacts: Artifacts) -> dict:

@@ -19,7 +19,7 @@ from safety.flags import count, seed
 from safety.lvlm import LVLM
 from safety.settings import check_length
 
-SUMMARY, HTML, MARKDOWN = "summary.json", "report.html", "report.md"
+SUMMARY, MARKDOWN = "summary.json", "report.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

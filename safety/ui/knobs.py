@@ -5,7 +5,7 @@ static/editor.js draws them and sends back a form, which is plain data from a st
 `length_of` check its shape, and the engine checks its ranges.
 """
 
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
 from safety.engine import Engine
@@ -14,15 +14,12 @@ from safety.settings import MAX_LANES, MAX_NEW_TOKENS, Lane, Revision, Sampling,
 from safety.ui.names import DEFENDED, DEFENSES, TOGETHER, UNDEFENDED
 
 NEW_TOKENS = 96  # of an answer, until a visitor chooses otherwise; the recordings have as many
-# What the papers fix. Blocks belong to a model, so those stay the calibrated ones.
+# What the papers fix, which is what the settings default to. Blocks belong to a model: those stay the calibrated ones.
 PAPER: dict[str, dict[str, Any]] = {
-    "sasa": {"strength": 1.0, "threshold": 0.5, "mode": "gate", "choice": "static"},
-    "revision": {
-        "alpha": 2.0, "level": "head", "heads": "top", "fraction": 0.7, "vector": "mms", "units": "raw",
-        "positions": "last",
-    },
-    "sapt": {"threshold": 0.9, "interval": 16, "end_check": False, "detector": "joint"},
-}  # fmt: skip
+    key: {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+    for key, settings in (("sasa", Sasa), ("revision", Revision), ("sapt", Sapt))
+}
+PAPER["sapt"]["end_check"] = False  # ours
 Knobs = dict[str, Any]
 
 
