@@ -121,8 +121,9 @@ class Sapt:
         interval: generated tokens between checks; 16 is the paper.
         end_check: also check an answer that is about to end and was not injected yet (ours: the paper's rule never
             checks a reply shorter than the interval).
-        detector: "joint", trained together with the soft prompt (the paper), or "frozen", fit beforehand on
-            text-only instructions with PCA (the authors' released code).
+        detector: "joint", trained together with the soft prompt (the paper) and then fitted anew behind the final
+            one (ours), or "frozen", fitted on text-only instructions with PCA (the authors' released code), here
+            behind the trained soft prompt.
     """
 
     threshold: float = 0.9

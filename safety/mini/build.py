@@ -1,7 +1,7 @@
 """``python -m safety mini``: build the miniature LVLM from nothing, or measure it.
 
 Stages, each resumable: the base language model is fetched; text alignment; the vision tower (reader, dictionary, both
-together); image tasks; the abilities are measured and the card is written. Six to seven hours on two cores in all.
+together); image tasks; the abilities are measured and the card is written. Three to four hours on two cores with bf16.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.description = (
         "Build the miniature LVLM in resumable stages: base (fetch the language model), align (on text), vision (the "
-        "tower), instruct (image tasks), measure (abilities and card). Six to seven hours on two cores. The tower is "
-        "drawn for with the Debian packages fonts-noto-color-emoji, fonts-freefont-ttf, fonts-dejavu, "
+        "tower), instruct (image tasks), measure (abilities and card). Three to four hours on two cores with bf16. The "
+        "tower is drawn for with the Debian packages fonts-noto-color-emoji, fonts-freefont-ttf, fonts-dejavu, "
         "fonts-liberation and fonts-noto-core."
     )
     parser.add_argument("--data", type=Path, help="folder with public CSV files, to train on "

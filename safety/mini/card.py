@@ -72,7 +72,8 @@ The language model's own weights (Apache-2.0) are fetched on first start from th
 Rebuild: `python -m safety mini --data DIR` (resumable; seeded; without `--data` only the project's own corpus is used).
 The shipped weights come from these stages, run in the portions that `config.json` lists under "history" on two shared
 CPU cores in some six and a half hours; one portion there is a mean of earlier ones. The command runs each stage once,
-takes no mean, and has not yet been run from end to end.
+takes no mean, teaches the reading blocks with Muon instead of AdamW in half the steps, and has not yet been run to its
+end.
 """
 
 HARM_SIGNAL = """
@@ -98,6 +99,7 @@ LIMITS = """
 - The text-only alignment overshoots: one benign request in five that shares words with harmful ones is refused. Words
   that no harmful training request held ("shoplift", "LSD") can get past it.
 - A title that it misreads can end in an answer that repeats itself.
+- Small talk without a picture ("hi", "Thank you") is answered as if it stood in one.
 - Horizontal Latin text only, lower-cased; no handwriting, no photographs.
 - English only; no memory of earlier turns; sampling beyond a few sentences drifts.
 
