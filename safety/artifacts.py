@@ -188,7 +188,8 @@ def transfer_revision(source: Path, lvlm: LVLM, into: Artifacts) -> Artifacts:
     if name not in config["files"] or "revision" not in config["settings"]:
         raise UserError(f"The artifacts in {source} have no revision vectors to transfer.")
     # Read as the whole would be, but for the fingerprint, which is that of another model on purpose.
-    config |= {"files": {name: config["files"][name]}, "fingerprint": here}
+    config |= {"files": {name: config["files"][name]}, "settings": {"revision": config["settings"]["revision"]},
+               "trace_threshold": None, "fingerprint": here}
     other = _read(source, config, lvlm)
     about = {key: value for key, value in into.about.items() if key != "held_out"}  # measured on the old vectors
     about["revision"] = {"transferred_from": there, **dict(other.about.get("revision") or {})}
