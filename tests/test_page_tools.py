@@ -235,7 +235,7 @@ def test_columns_are_added_swept_set_to_the_papers_and_removed(shared: Any, engi
         shared.locator(".sweep").get_by_label(name, exact=True).fill(value)
     assert shared.locator(".sweep select >> nth=1 >> option").all_inner_texts() == ["Mine", "no other defense"]
     shared.click(".sweep button")
-    shared.click("[data-layout=sweep]")
+    assert shared.locator(".sweep").is_hidden()
     ask(shared, "Hello?")
     wait_for_end(shared)
     for lane in engine.requests[-1]["lanes"][1:]:  # all else as in "Mine"
@@ -258,6 +258,7 @@ def test_columns_are_added_swept_set_to_the_papers_and_removed(shared: Any, engi
 def test_a_link_restores_settings_prompt_and_example(shared: Any, browser: Any, engine: StandInEngine) -> None:
     shared.click(".card-fill >> nth=1")
     shared.wait_for_selector("#image img")
+    shared.fill("#prompt textarea", "And what is this?")  # the picture is the example's all the same
     shared.click(".defense-sapt .settings")
     shared.fill(".defense-sapt .number >> nth=1", "5")
     link = shared.evaluate(
@@ -269,7 +270,7 @@ def test_a_link_restores_settings_prompt_and_example(shared: Any, browser: Any, 
     )
     with opened(browser, link) as page:
         page.wait_for_selector("#image img")
-        assert page.input_value("#prompt textarea") == PRESETS[1].prompt
+        assert page.input_value("#prompt textarea") == "And what is this?"
         start(page)
         wait_for_end(page)
         assert engine.requests[-1]["lanes"][1].sapt.interval == 5 and engine.requests[-1]["image"] is not None

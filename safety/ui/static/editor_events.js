@@ -87,7 +87,10 @@ function buildSweep() {
       seen.add(value);
       lanes.push({...copy(base), name: `${defense.short}, ${control.sign} ${value}`, [defense.key]: {...own, [control.key]: value}});
     }
-    adopt({...form, lanes}, which);
+    const toggle = element.querySelector('[data-layout=sweep]');
+    sweepBox.hidden = true;  // the columns are what is wanted now
+    toggle.setAttribute('aria-expanded', 'false');
+    adopt({...form, lanes}, toggle);
   };
 }
 
@@ -97,7 +100,7 @@ const pack = value => btoa(String.fromCharCode(...new TextEncoder().encode(JSON.
 const unpack = text => JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(text.replace(/-/g, '+').replace(/_/g, '/')), sign => sign.charCodeAt(0))));
 
 window.addEventListener('safety:link', event => {
-  const prompt = document.querySelector('#prompt textarea').value, preset = document.querySelector('#examples .card-fill[aria-pressed="true"]')?.dataset.key ?? null;
+  const prompt = document.querySelector('#prompt textarea').value, preset = document.querySelector('#examples .card-fill[data-pictured="true"]')?.dataset.key ?? null;
   const own = !preset && document.querySelector('#image img');  // an example's picture comes with the link
   event.detail.told = own ? 'Link copied. Your picture is not in it: whoever opens it has to add the picture.' : 'Link copied.';
   event.detail.link = `${location.origin}${location.pathname}#s=${pack({form, prompt, preset})}`;
