@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safety.errors import UserError, out_of_memory
+from safety.errors import UserError, about_file, out_of_memory
 from safety.flags import count
 from safety.settings import MAX_LANES, NEW_TOKENS, Lane, Sampling, check_length
 
@@ -83,9 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}. Check the path, its permissions and the free space.",
-              file=sys.stderr)
+        print(f"error: {about_file(error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

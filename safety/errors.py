@@ -20,3 +20,9 @@ class UserError(ValueError):
     The message is a whole sentence that says what is wrong and what to do. The page, the command line and the
     library show it as it is; every other exception is a bug.
     """
+
+
+def about_file(error: OSError) -> str:
+    """What the system refused to do with a file or the disk, and what to look at, as one line for people."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}. Check the path, its permissions and the free space."

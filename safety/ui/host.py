@@ -13,7 +13,7 @@ from typing import Any
 
 from safety.artifacts import Artifacts
 from safety.engine import Engine, Step
-from safety.errors import UserError
+from safety.errors import UserError, about_file
 from safety.ui.line import Line, RateLimit
 from safety.ui.mode import PRIVATE, Mode
 
@@ -172,10 +172,7 @@ class Host:
         except UserError as error:
             self._message, self._failed = str(error), True
         except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            self._message = (f"{self._name} failed: {error.strerror or error}{where}. Check the path, its permissions "
-                             "and the free space.")
-            self._failed = True
+            self._message, self._failed = f"{self._name} failed: {about_file(error)}", True
         except Exception as error:  # a thread of its own: nobody else would hear of it
             log.exception("%s failed", self._name)
             self._message, self._failed = f"{self._name} failed: {type(error).__name__}. The log has the details.", True
